@@ -1,0 +1,159 @@
+"""An ONNX graph under construction: nodes, constants and the sizes of the current call. Knows no torch graph.
+
+Equal nodes are made once. Weights are not copied: an initializer points at the module's own memory until the file is
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+from .axes import Role
+
+CONTRIB = "com.microsoft"
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.int16: ir.DataType.INT16,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
+    torch.bool: ir.DataType.BOOL,
+}
+
+
+def _lazy(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
+    """A tensor as an initializer; a view that lies otherwise is only copied while it is written."""
+    if tensor.is_contiguous():
+        return TorchTensor(tensor, name=name)
+    shape = ir.Shape(tensor.shape)
+    return ir.LazyTensor(lambda: TorchTensor(tensor.contiguous()), dtype=DTYPES[tensor.dtype], shape=shape, name=name)
+
+
+class Emitter:
+    """Collects the inputs, nodes and initializers of one graph."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, ir.Value] = {}
+        self.outputs: list[ir.Value] = []
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._made: dict[Any, tuple[ir.Value, ...]] = {}
+        self._constants: dict[Any, ir.Value] = {}
+        self._counts: dict[str, int] = {}
+        self.needs_opset_24 = False
+
+    # -- inputs and constants -----------------------------------------------------------------------------------
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        if name not in self.inputs:
+            self.inputs[name] = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        return self.inputs[name]
+
+    def constant(self, value: Any, dtype: np.dtype[Any] | type | None = None) -> ir.Value:
+        """A small constant, shared with every equal one."""
+        array = np.ascontiguousarray(np.asarray(value, dtype))
+        array = array.reshape(np.shape(value))
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self._initializer(self._fresh("constant"), ir.Tensor(array))
+        return self._constants[key]
+
+    def weight(self, tensor: torch.Tensor, name: str) -> ir.Value:
+        """A parameter by reference; one initializer for one view of one piece of memory."""
+        return self.shared((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()), tensor, name)
+
+    def shared(self, key: Any, tensor: torch.Tensor, name: str) -> ir.Value:
+        """The initializer made before under `key`, or a new one with a name like `name`."""
+        if key not in self._constants:
+            name = self._fresh(name) if name in self.initializers or name == "table" else name
+            self._constants[key] = self._initializer(name, _lazy(tensor, name))
+        return self._constants[key]
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        tensor.name = name
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        self.initializers[name] = value
+        return value
+
+    def _fresh(self, stem: str) -> str:
+        self._counts[stem] = self._counts.get(stem, -1) + 1
+        return f"{stem}_{self._counts[stem]}"
+
+    # -- nodes --------------------------------------------------------------------------------------------------
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        return self.multi(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def multi(
+        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", version: int = 21, **attributes: Any
+    ) -> tuple[ir.Value, ...]:
+        """The outputs of a node; an equal node made before is taken again."""
+        key = (domain, op_type, tuple(map(id, inputs)), outputs, repr(sorted(attributes.items())))
+        if key not in self._made:
+            self.needs_opset_24 |= not domain and version > 21
+            name = self._fresh(op_type)
+            values = [ir.Value(name=f"{name}.{i}" if outputs > 1 else name) for i in range(outputs)]
+            node = ir.node(op_type, inputs, attributes, domain=domain, outputs=values, name=name)
+            self.nodes.append(node)
+            self._made[key] = tuple(node.outputs)
+        return self._made[key]
+
+    def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
+        return self.op("Cast", value, to=int(DTYPES[dtype]))
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Declare a graph output; a value that already has another public name is passed through Identity."""
+        if value in self.outputs or value in self.inputs.values() or value in self.initializers.values():
+            value = self.op("Identity", value)
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self.outputs.append(value)
+
+    # -- the sizes of the current call --------------------------------------------------------------------------
+    def input_ids(self) -> ir.Value:
+        return self.input("input_ids", ir.DataType.INT64, ("batch", "seq"))
+
+    def attention_mask(self) -> ir.Value:
+        return self.input("attention_mask", ir.DataType.INT64, ("batch", "total"))
+
+    def position_ids(self) -> ir.Value:
+        return self.input("position_ids", ir.DataType.INT64, ("batch", "seq"))
+
+    def size(self, role: Role) -> ir.Value:
+        """(1,) int64: the batch size, the number of new positions or of all positions."""
+        if role is Role.KEY:
+            return self.op("Shape", self.attention_mask(), start=1, end=2)
+        start = 0 if role is Role.BATCH else 1
+        return self.op("Shape", self.input_ids(), start=start, end=start + 1)
+
+    def seqlens_k(self) -> ir.Value:
+        """(batch,) int32: the index of each row's last valid position, as GroupQueryAttention wants it."""
+        lengths = self.op("ReduceSum", self.attention_mask(), self.constant([1]), keepdims=0)
+        return self.cast(self.op("Sub", lengths, self.constant([1])), torch.int32)
+
+    def total_length(self) -> ir.Value:
+        """() int32: the length of the longest row."""
+        return self.op("Squeeze", self.cast(self.size(Role.KEY), torch.int32))
+
+    def write_indices(self) -> ir.Value:
+        """(batch,) int64: where each row's new positions begin in the cache."""
+        return self.op("Gather", self.position_ids(), self.constant(0), axis=1)
+
+    # -- the whole ----------------------------------------------------------------------------------------------
+    def model(self, name: str, opset: int) -> ir.Model:
+        order = ("input_ids", "attention_mask", "position_ids")
+        inputs = sorted(self.inputs.values(), key=lambda v: order.index(v.name) if v.name in order else len(order))
+        used = {v for node in self.nodes for v in node.inputs if v is not None}
+        kept = [v for v in self.initializers.values() if v in used or v.name in self.inputs]
+        imports = {"": opset}
+        if any(node.domain == CONTRIB for node in self.nodes):
+            imports[CONTRIB] = 1
+        graph = ir.Graph(inputs, self.outputs, nodes=self.nodes, initializers=kept, opset_imports=imports, name=name)
+        return ir.Model(graph, ir_version=10, producer_name="tfinfer")

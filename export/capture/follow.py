@@ -1,0 +1,222 @@
+"""Walk the captured graph once and write its continuation from a cache: the sequence axis decides everything.
+
+An operation that treats positions one by one runs on the new positions as it is. Where positions are mixed the key
+operand is needed whole: it becomes a cache entry, written where each row stands. Of positional nodes the rows at
+`position_ids` are taken where they meet a query axis. Anything else is refused with the module's source line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from . import tables
+from .axes import Atom, Axes, Role, Symbols, axis_of, flat
+from .emitter import DTYPES, Emitter
+from .place import Placed, gather_by_distance, gather_rows, gather_square, slice_keys
+from .positional import Positional
+from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
+from .tensor import Tensor, laid_out
+from .trace import Trace, is_computed, refuse
+
+Rule = Callable[..., "Tensor | list[Tensor]"]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Put a function on the allow-list as the meaning of `targets`."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One past -> present pair of the graph: (batch, num_kv_heads, capacity, head_dim)."""
+
+    past: str
+    present: str
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """How one attention of the module is written: its operator, what was read, and why not the one asked for."""
+
+    operator: str
+    pattern: str
+    reason: str = ""
+
+
+class Follower:
+    """Holds what is known of the nodes met so far; the rules ask it for operands and cache entries."""
+
+    def __init__(self, trace: Trace, positional: Positional, max_length: int, flavor: str) -> None:
+        self.trace, self.positional, self.max_length, self.flavor = trace, positional, max_length, flavor
+        self.emit = Emitter()
+        self.symbols = Symbols(trace.batch, trace.seq)
+        self.values: dict[fx.Node, Tensor | list[Tensor]] = {}
+        self.entries: list[CacheEntry] = []
+        self.patterns: dict[Any, Any] = {}
+        self.attention: list[AttentionReport] = []
+        self._sides = {"key": 0, "value": 0}
+
+    # -- nodes --------------------------------------------------------------------------------------------------
+    def follow(self, node: fx.Node) -> None:
+        """Give a data node its value, by the rule of its operation."""
+        if node is self.trace.input_ids:
+            axes: Axes = ((Atom(Role.BATCH),), (Atom(Role.QUERY),))
+            self.values[node] = Tensor.of(self.emit.input_ids(), axes, torch.int64)
+            return
+        if node.target not in RULES:
+            advice = "only operations whose effect on every axis is known are followed"
+            raise refuse(node, "this operation has no rule", advice)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n] if n in self.trace.data else n)
+        result = RULES[node.target](self, node, *args, **kwargs)
+        self.values[node] = result
+        if isinstance(result, Tensor):
+            self._check(node, result)
+
+    def _check(self, node: fx.Node, result: Tensor) -> None:
+        """The followed axes must be as large as the traced ones; a new or last position may stand for one."""
+        if not isinstance(node.meta["val"], torch.Tensor):
+            return
+        expected, found = self.trace.shape(node), [self.symbols.product(axis) for axis in result.axes]
+        if len(expected) != len(found) or any(e != f for e, f in zip(expected, found)):
+            raise refuse(node, f"its axes are {found} where {expected} were traced")
+
+    def report_attention(self, operator: str, pattern: str, reason: str = "") -> None:
+        self.attention.append(AttentionReport(operator, pattern, reason))
+
+    # -- operands -----------------------------------------------------------------------------------------------
+    def constant(self, node: fx.Node) -> torch.Tensor:
+        """The value of a positional node that has no sequence axis and does not change with the length."""
+        value = self.positional.value(node, self.max_length)
+        if is_computed(node) and not tables.close(value, self.positional.value(node, 7)):
+            raise refuse(node, "depends on the length of the whole sequence, which a cache cannot follow")
+        return value
+
+    def parameter(self, node: fx.Node, transposed: bool = False) -> ir.Value:
+        """A positional node without a sequence axis as an initializer; the module's own tensors by reference."""
+        if not self.is_constant(node):
+            raise refuse(node, "weights that depend on the sequence length are not followed")
+        value = self.constant(node)
+        name = str(node.target) if node.op == "get_attr" else node.name
+        return self.emit.weight(value.t() if transposed else value, name)
+
+    def is_constant(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and node not in self.trace.data and self.trace.seq not in self.trace.shape(node)
+
+    def number(self, node: fx.Node, value: Any) -> Any:
+        """A scalar operand; one that is computed from the length is refused."""
+        if isinstance(value, fx.Node):
+            raise refuse(node, "computes with the length of the whole sequence, which a cache cannot follow")
+        return value
+
+    def beside(self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node) -> ir.Value:
+        """A positional operand, laid out to be broadcast with data of `axes` whose dimensions stand in `order`.
+
+        Every axis in `axes` is a single atom, a fixed size or empty, so that each dimension has one meaning.
+        """
+        shape = self.trace.shape(operand)
+        missing = len(axes) - len(shape)
+        along = {axes[i + missing][0].role: i + missing for i, size in enumerate(shape) if size == self.trace.seq and axes[i + missing]}
+        if any(self.trace.seq in getattr(size, "free_symbols", ()) and size != self.trace.seq for size in shape):
+            raise refuse(operand, f"its shape {shape} cuts the sequence in pieces")
+        if None in along or len(along) != shape.count(self.trace.seq):
+            raise refuse(asker, "a table over positions meets an axis that is not one of positions")
+        try:
+            placed = self._placed(operand, missing, along, len(axes), dtype)
+        except NotStable:
+            raise refuse(operand, "its value at a position depends on the length of the whole sequence", "a table by absolute position would work") from None
+        except TooLarge as size:
+            raise refuse(operand, f"a table of {size.args[0] / 2**20:.0f} MiB would be needed", "give a smaller --max-length") from None
+        batch = axis_of(axes, Role.BATCH)
+        return placed.arranged(self.emit, order, batch)
+
+    def _placed(self, operand: fx.Node, missing: int, along: dict[Role | None, int], rank: int, dtype: torch.dtype) -> Placed:
+        length = self.max_length
+        query, key = along.get(Role.QUERY), along.get(Role.KEY)
+
+        def full_rank(value: torch.Tensor) -> torch.Tensor:
+            return value.reshape([1] * missing + list(value.shape))
+
+        if query is None and key is None:
+            name = str(operand.target) if operand.op == "get_attr" else "table"
+            return Placed.constant(self.emit, full_rank(self.constant(operand)).to(dtype), name)
+        if query is None or key is None:
+            axis = key if query is None else query
+            table = tables.read_rows(lambda n: full_rank(self.positional.value(operand, n)), axis, length)  # type: ignore[arg-type]
+            made = slice_keys if query is None else gather_rows
+            return made(self.emit, table.to(dtype), axis)  # type: ignore[arg-type]
+        rest = [i for i in range(rank) if i not in (query, key)]
+
+        def rows(r: torch.Tensor, n: int) -> torch.Tensor:
+            value = full_rank(self.positional.rows(operand, query - missing, r, n))
+            return value.permute(*rest, query, key)
+
+        return self.place_square(tables.read_square(rows, length), rest, query, key, dtype)
+
+    def place_square(self, read: PerKey | ByDistance | Square, rest: list[int], query: int, key: int, dtype: torch.dtype) -> Placed:
+        """A value over (query, key) as dimensions `rest`, `query` and `key` of a tensor."""
+        table = read.table.to(dtype)
+        if isinstance(read, PerKey):
+            return Placed(slice_keys(self.emit, table, table.dim() - 1).value, (*rest, key))
+        if isinstance(read, ByDistance):
+            return gather_by_distance(self.emit, table, self.max_length, rest, query, key)
+        return gather_square(self.emit, table, rest, query, key)
+
+    # -- the cache ----------------------------------------------------------------------------------------------
+    def entry(self, side: str, heads: int, dim: int, dtype: torch.dtype, window: int | None = None) -> tuple[ir.Value, CacheEntry]:
+        """A new past input of the graph, (batch, heads, length, dim), and its entry."""
+        layer = self._sides[side]
+        self._sides[side] += 1
+        entry = CacheEntry(f"past_key_values.{layer}.{side}", f"present.{layer}.{side}", heads, dim, dtype, window)
+        self.entries.append(entry)
+        return self.emit.input(entry.past, DTYPES[dtype], ("batch", heads, "length", dim)), entry
+
+    def present(self, entry: CacheEntry, value: ir.Value) -> None:
+        self.emit.output(value, entry.present, DTYPES[entry.dtype], ("batch", entry.num_kv_heads, "length", entry.head_dim))
+
+    def whole(self, tensor: Tensor, side: str) -> Tensor:
+        """The tensor over all positions: its new rows written into a cache entry where each row stands."""
+        atoms = [a for a in flat(tensor.axes) if not a.repeat]
+        batch, query = (next(a for a in atoms if a.role is role) for role in (Role.BATCH, Role.QUERY))
+        features = [a for a in atoms if a.role is None]
+        heads, dim = tuple(features[:1]), tuple(features[1:])
+        if len(features) == 1:
+            heads, dim = (), (features[0],)
+        entry_axes: Axes = ((batch,), heads, (query,), dim)
+        new = laid_out(self.emit, tensor, entry_axes)
+        past, entry = self.entry(side, *(int(self.symbols.product(a)) for a in (heads, dim)), tensor.dtype)
+        present = scatter(self.emit, past, new)
+        self.present(entry, present)
+        key = Atom(Role.KEY)
+        swapped = tuple(tuple(key if a is query else a for a in axis) for axis in entry_axes)
+        axes = tuple(tuple(key if a is query else a for a in axis) for axis in tensor.axes)
+        return Tensor(self.valid(present), swapped, axes, tensor.dtype)
+
+    def valid(self, present: ir.Value) -> ir.Value:
+        """(batch, heads, total, dim): the part of a cache entry that holds any row's positions."""
+        return self.emit.op("Slice", present, self.emit.constant([0]), self.emit.size(Role.KEY), self.emit.constant([2]))
+
+
+def scatter(emit: Emitter, past: ir.Value, new: ir.Value) -> ir.Value:
+    """Write `new` (batch, heads, seq, dim) into `past` where each row stands."""
+    return emit.multi("TensorScatter", past, new, emit.write_indices(), outputs=1, version=24, axis=2)[0]
+
+
+def followed(axes: Axes) -> Axes:
+    """Axes without repeats: what a computed value has."""
+    return tuple(tuple(Atom(size=a.size) if a.repeat else a for a in axis) for axis in axes)

@@ -1,0 +1,98 @@
+"""Put the tables of positional values into the graph: rows at `position_ids`, keys up to the total length.
+
+A table is made at export time for the longest length; at run time it is only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from .axes import Role
+from .emitter import Emitter
+
+BATCH = -1  # in `dims`: the batch that gathering rows puts in front
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A value whose dimensions are the axes `dims` of the data that it meets; all other axes are of size 1."""
+
+    value: ir.Value
+    dims: tuple[int, ...]
+
+    @classmethod
+    def constant(cls, emit: Emitter, table: torch.Tensor, name: str) -> Placed:
+        dims = tuple(i for i, size in enumerate(table.shape) if size != 1)
+        return cls(_table(emit, table.squeeze(), name), dims)
+
+    def arranged(self, emit: Emitter, order: Sequence[int], batch: int | None) -> ir.Value:
+        """The value with one dimension for every axis, in `order`, leading ones of size 1 left out."""
+        dims = [batch if d == BATCH else d for d in self.dims]
+        want = [i for i in order if i in dims]
+        value = self.value
+        if want != dims:
+            value = emit.op("Transpose", value, perm=[dims.index(i) for i in want])
+        if not want:
+            return value
+        shown = list(order)[list(order).index(want[0]) :]
+        missing = [i for i, axis in enumerate(shown) if axis not in want]
+        return emit.op("Unsqueeze", value, emit.constant(missing, np.int64)) if missing else value
+
+
+def _table(emit: Emitter, table: torch.Tensor, name: str = "table") -> ir.Value:
+    """An initializer, shared with every table of the same values."""
+    table = table.contiguous()
+    digest = hashlib.sha256(table.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return emit.shared((table.dtype, tuple(table.shape), digest.hexdigest()), table, name)
+
+
+def _squeezed(table: torch.Tensor, front: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """`front` axes first, then the others that are not of size 1; and which those are."""
+    rest = tuple(i for i in range(table.dim()) if i not in front and table.shape[i] != 1)
+    dropped = [i for i in range(table.dim()) if i not in front and table.shape[i] == 1]
+    moved = table.permute(*front, *rest, *dropped)
+    return moved.reshape(moved.shape[: len(front) + len(rest)]), rest
+
+
+def gather_rows(emit: Emitter, table: torch.Tensor, axis: int) -> Placed:
+    """The rows of `axis` at each row's new positions: (batch, seq, ...)."""
+    rows, rest = _squeezed(table, [axis])
+    return Placed(emit.op("Gather", _table(emit, rows), emit.position_ids(), axis=0), (BATCH, axis, *rest))
+
+
+def slice_keys(emit: Emitter, table: torch.Tensor, axis: int) -> Placed:
+    """The first `total` rows of `axis`."""
+    rows, rest = _squeezed(table, [axis])
+    total = emit.size(Role.KEY)
+    value = emit.op("Slice", _table(emit, rows), emit.constant([0]), total, emit.constant([0]))
+    return Placed(value, (axis, *rest))
+
+
+def _key_positions(emit: Emitter) -> ir.Value:
+    """(total,) int64"""
+    end = emit.op("Squeeze", emit.size(Role.KEY))
+    return emit.op("Range", emit.constant(0), end, emit.constant(1))
+
+
+def gather_by_distance(emit: Emitter, table: torch.Tensor, length: int, rest: Sequence[int], query: int, key: int) -> Placed:
+    """table: (..., 2 * length - 1) -> (batch, seq, total, ...): its entries at query position - key position."""
+    rows, kept = _squeezed(table, [table.dim() - 1])
+    position = emit.op("Unsqueeze", emit.position_ids(), emit.constant([2]))  # (batch, seq, 1)
+    distance = emit.op("Sub", emit.op("Add", position, emit.constant(length - 1)), _key_positions(emit))
+    value = emit.op("Gather", _table(emit, rows), distance, axis=0)
+    return Placed(value, (BATCH, query, key, *(rest[i] for i in kept)))
+
+
+def gather_square(emit: Emitter, table: torch.Tensor, rest: Sequence[int], query: int, key: int) -> Placed:
+    """table: (..., length, length) -> (batch, seq, total, ...): its rows at the new positions, its columns up to total."""
+    rank = table.dim()
+    rows, kept = _squeezed(table, [rank - 2, rank - 1])
+    gathered = emit.op("Gather", _table(emit, rows), emit.position_ids(), axis=0)
+    value = emit.op("Slice", gathered, emit.constant([0]), emit.size(Role.KEY), emit.constant([2]))
+    return Placed(value, (BATCH, query, key, *(rest[i] for i in kept)))

@@ -1,0 +1,291 @@
+"""Operations on each element alone: nothing moves, so they run on the new positions in whatever order these lie.
+
+Sources: the ATen signatures (torch/native_functions.yaml) and the ONNX operator specifications of opset 21.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from ..axes import Atom, Axes, Axis
+from ..emitter import DTYPES, Emitter
+from ..follow import Follower, followed, rule
+from ..tensor import Tensor, from_working, working
+from ..trace import aten, refuse
+
+Make = Callable[..., ir.Value]
+
+
+def refined(axes: Axes) -> Axes:
+    """Axes that hold a batch or positions beside something else, taken apart."""
+    return tuple(
+        part
+        for axis in axes
+        for part in ([(atom,) for atom in axis] if len(axis) > 1 and any(a.role for a in axis) else [axis])
+    )
+
+
+def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
+    """The axes of an element-wise result, as numpy and torch broadcast them; positions may only meet their like."""
+    shape = f.trace.shape(node)
+    data = [o for o in operands if isinstance(o, Tensor)]
+    result: list[Axis] = []
+    for i in range(len(shape)):
+        back = len(shape) - i
+        found = [t.axes[t.rank - back] for t in data if t.rank >= back and t.axes[t.rank - back]]
+        solid = [axis for axis in found if not any(a.repeat for a in axis)] or [a for axis in found[:1] for a in followed((axis,))]
+        roles = {tuple(a.role for a in axis if a.role) for axis in found}
+        if len(roles) > 1:
+            raise refuse(node, f"new positions meet all positions along axis {i}")
+        if solid:
+            result.append(solid[0])
+        else:
+            size = shape[i]
+            result.append(() if size == 1 else (Atom(size=size),) if isinstance(size, int) else _unmatched(node, i))
+    return tuple(result)
+
+
+def _unmatched(node: fx.Node, axis: int) -> Axis:
+    raise refuse(node, f"a table over positions spreads along axis {axis}, where the data has none")
+
+
+def elementwise(f: Follower, node: fx.Node, operands: Sequence[Any], make: Make, compute: torch.dtype | None = None) -> Tensor:
+    """Apply `make` to operands that are broadcast against each other and cast to `compute` (bool operands stay)."""
+    dtype = node.meta["val"].dtype
+    compute = compute or dtype
+    lead = next(o for o in operands if isinstance(o, Tensor))
+    alone = [o for o in operands if isinstance(o, (Tensor, fx.Node))] == [lead]
+    if alone and node.meta["val"].dim() == lead.rank:  # scalars only: the layout does not matter
+        values = [_cast(f.emit, lead.value, lead.dtype, compute) if o is lead else _number(f.emit, o, compute) for o in operands]
+        return Tensor(make(f.emit, *values), lead.base, lead.axes, dtype)
+    axes = broadcast(f, node, operands)
+    parts = refined(axes)
+    order = _order(operands, parts)
+    values = [_operand(f, node, o, parts, order, compute) for o in operands]
+    result = from_working(make(f.emit, *values), parts, order, dtype)
+    return result.seen_as(axes)
+
+
+def _order(operands: Sequence[Any], parts: Axes) -> list[int]:
+    """The order of the first operand that does not lie in the module's order, so that no transpose is needed for it."""
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            order = operand.seen_as(refined(operand.axes)).order()
+            missing = len(parts) - len(order)
+            if order != list(range(len(order))) and missing >= 0:
+                return [*range(missing), *(i + missing for i in order)]
+    return list(range(len(parts)))
+
+
+def _operand(f: Follower, node: fx.Node, operand: Any, parts: Axes, order: list[int], compute: torch.dtype) -> ir.Value:
+    if isinstance(operand, Tensor):
+        tensor = operand.seen_as(refined(operand.axes))
+        missing = len(parts) - tensor.rank
+        own = [i - missing for i in order if i >= missing]
+        return _cast(f.emit, working(f.emit, tensor, own)[0], operand.dtype, compute)
+    if isinstance(operand, fx.Node):
+        if not isinstance(operand.meta.get("val"), torch.Tensor):
+            f.number(node, operand)
+        kept = torch.bool if operand.meta["val"].dtype == torch.bool else compute
+        return f.beside(operand, parts, order, kept, node)
+    return _number(f.emit, operand, compute)
+
+
+def _cast(emit: Emitter, value: ir.Value, have: torch.dtype, want: torch.dtype) -> ir.Value:
+    return value if have in (want, torch.bool) else emit.cast(value, want)
+
+
+def _number(emit: Emitter, number: Any, dtype: torch.dtype) -> ir.Value:
+    return emit.constant(torch.tensor(number, dtype=dtype).numpy())
+
+
+def _is_bool(operand: Any) -> bool:
+    return isinstance(operand, Tensor) and operand.dtype == torch.bool
+
+
+# -- one operand ------------------------------------------------------------------------------------------------
+def _silu(emit: Emitter, x: ir.Value) -> ir.Value:
+    return emit.op("Mul", x, emit.op("Sigmoid", x))
+
+
+def _rsqrt(emit: Emitter, x: ir.Value) -> ir.Value:
+    return emit.op("Reciprocal", emit.op("Sqrt", x))
+
+
+def _named(op_type: str, **attributes: Any) -> Make:
+    return lambda emit, *values: emit.op(op_type, *values, **attributes)
+
+
+UNARY: dict[Any, Make] = {
+    aten.neg.default: _named("Neg"),
+    aten.abs.default: _named("Abs"),
+    aten.exp.default: _named("Exp"),
+    aten.log.default: _named("Log"),
+    aten.sqrt.default: _named("Sqrt"),
+    aten.rsqrt.default: _rsqrt,
+    aten.reciprocal.default: _named("Reciprocal"),
+    aten.tanh.default: _named("Tanh"),
+    aten.sigmoid.default: _named("Sigmoid"),
+    aten.relu.default: _named("Relu"),
+    aten.silu.default: _silu,
+    aten.mish.default: _named("Mish"),
+    aten.hardswish.default: _named("HardSwish"),
+    aten.erf.default: _named("Erf"),
+    aten.sin.default: _named("Sin"),
+    aten.cos.default: _named("Cos"),
+    aten.floor.default: _named("Floor"),
+    aten.ceil.default: _named("Ceil"),
+    aten.round.default: _named("Round"),
+    aten.sign.default: _named("Sign"),
+    aten.logical_not.default: _named("Not"),
+    aten.bitwise_not.default: _named("Not"),
+    aten.isnan.default: _named("IsNaN"),
+    aten.log1p.default: lambda emit, x: emit.op("Log", emit.op("Add", x, _number(emit, 1.0, torch.float32))),
+    aten.softplus.default: _named("Softplus"),
+}
+
+
+@rule(*UNARY)
+def unary(f: Follower, node: fx.Node, x: Tensor, *rest: Any) -> Tensor:
+    if rest and any(r not in (1, 20) for r in rest):  # softplus with its own slope or threshold
+        raise refuse(node, "only its default parameters are followed")
+    if node.target is aten.bitwise_not.default and x.dtype != torch.bool:
+        raise refuse(node, "is followed on truth values only")
+    return elementwise(f, node, [x], UNARY[node.target], x.dtype)
+
+
+@rule(aten.gelu.default)
+def gelu(f: Follower, node: fx.Node, x: Tensor, *, approximate: str = "none") -> Tensor:
+    return elementwise(f, node, [x], _named("Gelu", approximate=approximate))
+
+
+@rule(aten.elu.default, aten.leaky_relu.default)
+def with_slope(f: Follower, node: fx.Node, x: Tensor, slope: float | None = None) -> Tensor:
+    name, default = ("Elu", 1.0) if node.target is aten.elu.default else ("LeakyRelu", 0.01)
+    return elementwise(f, node, [x], _named(name, alpha=float(default if slope is None else slope)))
+
+
+@rule(aten.clamp.default)
+def clamp(f: Follower, node: fx.Node, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    bounds = [None if b is None else _number(f.emit, f.number(node, b), x.dtype) for b in (low, high)]
+    return elementwise(f, node, [x], lambda emit, v: emit.op("Clip", v, *bounds))
+
+
+@rule(aten.clone.default, aten.alias.default, aten.detach.default, aten.dropout.default, aten.contiguous.default)
+def identity(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return x
+
+
+@rule(aten._to_copy.default)
+def to_copy(f: Follower, node: fx.Node, x: Tensor, **kwargs: Any) -> Tensor:
+    dtype = node.meta["val"].dtype
+    if dtype not in DTYPES:
+        raise refuse(node, f"values of {dtype} are not followed")
+    return x if dtype == x.dtype else Tensor(f.emit.cast(x.value, dtype), x.base, x.axes, dtype)
+
+
+# -- two and more -----------------------------------------------------------------------------------------------
+@rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+def add(f: Follower, node: fx.Node, x: Any, y: Any, *, alpha: Any = 1) -> Tensor:
+    name = "Add" if node.target in (aten.add.Tensor, aten.add.Scalar) else "Sub"
+
+    def make(emit: Emitter, a: ir.Value, b: ir.Value) -> ir.Value:
+        scaled = b if alpha == 1 else emit.op("Mul", b, _number(emit, alpha, node.meta["val"].dtype))
+        return emit.op(name, a, scaled)
+
+    return elementwise(f, node, [x, y], make)
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def reversed_sub(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
+    return elementwise(f, node, [y, x], _named("Sub"))
+
+
+BINARY = {
+    aten.mul.Tensor: "Mul",
+    aten.mul.Scalar: "Mul",
+    aten.maximum.default: "Max",
+    aten.max.other: "Max",
+    aten.minimum.default: "Min",
+    aten.min.other: "Min",
+    aten.pow.Tensor_Tensor: "Pow",
+    aten.pow.Tensor_Scalar: "Pow",
+    aten.pow.Scalar: "Pow",
+}
+LOGICAL = {
+    aten.logical_and.default: "And",
+    aten.bitwise_and.Tensor: "And",
+    aten.__and__.Tensor: "And",
+    aten.logical_or.default: "Or",
+    aten.bitwise_or.Tensor: "Or",
+    aten.__or__.Tensor: "Or",
+    aten.logical_xor.default: "Xor",
+}
+COMPARISONS = {
+    name: op_type
+    for stem, op_type in (("eq", "Equal"), ("lt", "Less"), ("le", "LessOrEqual"), ("gt", "Greater"), ("ge", "GreaterOrEqual"))
+    for name in (getattr(aten, stem).Tensor, getattr(aten, stem).Scalar)
+}
+
+
+@rule(*BINARY)
+def binary(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
+    if node.target is aten.pow.Tensor_Scalar and y == 2:  # a product is exact and faster
+        return elementwise(f, node, [x], lambda emit, v: emit.op("Mul", v, v))
+    if node.target is aten.pow.Tensor_Scalar and y == 0.5:
+        return elementwise(f, node, [x], _named("Sqrt"))
+    return elementwise(f, node, [x, y], _named(BINARY[node.target]))
+
+
+@rule(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode)
+def divide(f: Follower, node: fx.Node, x: Any, y: Any, *, rounding_mode: str | None = None) -> Tensor:
+    def make(emit: Emitter, a: ir.Value, b: ir.Value) -> ir.Value:
+        quotient = emit.op("Div", a, b)
+        return quotient if rounding_mode is None else emit.op("Floor", quotient)
+
+    if rounding_mode not in (None, "floor") or (rounding_mode and not node.meta["val"].is_floating_point()):
+        raise refuse(node, "division is followed for floating-point values")
+    if isinstance(y, (int, float)) and rounding_mode is None and y and math.log2(abs(y)).is_integer():
+        return elementwise(f, node, [x, 1 / y], _named("Mul"))  # exact for powers of two
+    return elementwise(f, node, [x, y], make)
+
+
+@rule(*LOGICAL)
+def logical(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
+    if any(isinstance(o, Tensor) and o.dtype != torch.bool for o in (x, y)):
+        raise refuse(node, "is followed on truth values only")
+    return elementwise(f, node, [x, y], _named(LOGICAL[node.target]))
+
+
+@rule(*COMPARISONS, aten.ne.Tensor, aten.ne.Scalar)
+def compare(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
+    compute = torch.result_type(*(_example(o) for o in (x, y)))
+    if node.target in COMPARISONS:
+        return elementwise(f, node, [x, y], _named(COMPARISONS[node.target]), compute)
+    return elementwise(f, node, [x, y], lambda emit, a, b: emit.op("Not", emit.op("Equal", a, b)), compute)
+
+
+def _example(operand: Any) -> Any:
+    """Something that takes part in type promotion as the operand does."""
+    if isinstance(operand, Tensor):
+        return torch.empty((1,) * operand.rank, dtype=operand.dtype)
+    if isinstance(operand, fx.Node):
+        value = operand.meta["val"]
+        return torch.empty((1,) * value.dim(), dtype=value.dtype)
+    return operand
+
+
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def choose(f: Follower, node: fx.Node, condition: Any, x: Any, y: Any) -> Tensor:
+    return elementwise(f, node, [condition, x, y], _named("Where"))
+
+
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def masked_fill(f: Follower, node: fx.Node, x: Any, mask: Any, value: Any) -> Tensor:
+    return elementwise(f, node, [mask, value, x], _named("Where"))

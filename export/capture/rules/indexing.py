@@ -1,0 +1,164 @@
+"""Operations that take, cut or join: along any axis but that of positions, of which only all or the last may be taken."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..axes import Atom, Axes, Role, fixed, has
+from ..follow import Follower, followed, rule
+from ..tensor import Tensor, from_working, working
+from ..trace import aten, refuse
+from .elementwise import broadcast
+
+
+@rule(operator.getitem)
+def getitem(f: Follower, node: fx.Node, parts: list[Tensor], index: int) -> Tensor:
+    return parts[index]
+
+
+@rule(aten.embedding.default)
+def embedding(f: Follower, node: fx.Node, weight: fx.Node, ids: Any, *args: Any) -> Tensor:
+    if not isinstance(ids, Tensor) or not f.is_constant(weight):
+        raise refuse(node, "is followed for a fixed table looked up by data")
+    table = f.constant(weight)  # (rows, width)
+    value = f.emit.op("Gather", f.parameter(weight), ids.value, axis=0)
+    out = fixed(table.shape[1])
+    return Tensor(value, (*ids.base, out), (*ids.axes, out), table.dtype)
+
+
+@rule(aten.slice.Tensor)
+def slice_(f: Follower, node: fx.Node, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Tensor:
+    dim %= x.rank
+    before, after = f.trace.shape(node.args[0])[dim], f.trace.shape(node)[dim]  # type: ignore[arg-type]
+    if before == after:
+        return x
+    if any(a.role for a in x.axes[dim]):
+        if start == -1 and has(x.axes[dim], Role.QUERY):
+            return _last(f, node, x, dim, keep=True)
+        raise refuse(node, "takes a part of the positions or rows", "only all or the last position can be taken")
+    start, end = (f.number(node, b) for b in (start, end))
+    bounds = [f.emit.constant([b]) for b in (start or 0, sys.maxsize if end is None else end)]
+    value, order = working(f.emit, x)
+    value = f.emit.op("Slice", value, *bounds, f.emit.constant([order.index(dim)]), f.emit.constant([step]))
+    axes = followed(x.axes)
+    return from_working(value, (*axes[:dim], fixed(int(after)), *axes[dim + 1 :]), order, x.dtype)
+
+
+def _last(f: Follower, node: fx.Node, x: Tensor, dim: int, keep: bool) -> Tensor:
+    """The last position, where the module computes logits for it alone."""
+    if x.axes[dim] != tuple(a for a in x.axes[dim] if a.role is Role.QUERY):
+        raise refuse(node, "takes the last of an axis that holds more than positions")
+    value, order = working(f.emit, x)
+    value = f.emit.op("Gather", value, f.emit.constant([-1]), axis=order.index(dim))
+    axes = followed(x.axes)
+    result = from_working(value, (*axes[:dim], (), *axes[dim + 1 :]), order, x.dtype)
+    return result if keep else result.seen_as((*axes[:dim], *axes[dim + 1 :]))
+
+
+@rule(aten.select.int)
+def select(f: Follower, node: fx.Node, x: Tensor, dim: int, index: Any) -> Tensor:
+    dim %= x.rank
+    if has(x.axes[dim], Role.QUERY) and index == -1:
+        return _last(f, node, x, dim, keep=False)
+    if any(a.role for a in x.axes[dim]):
+        raise refuse(node, "takes one position or row", "only the last position can be taken")
+    value, order = working(f.emit, x)
+    value = f.emit.op("Gather", value, f.emit.constant([f.number(node, index)]), axis=order.index(dim))
+    axes = followed(x.axes)
+    result = from_working(value, (*axes[:dim], (), *axes[dim + 1 :]), order, x.dtype)
+    return result.seen_as((*axes[:dim], *axes[dim + 1 :]))
+
+
+@rule(aten.index.Tensor, aten.index_select.default)
+def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
+    indices = [None] * where[0] + [where[1]] if node.target is aten.index_select.default else where[0]
+    named = [i for i, index in enumerate(indices) if index is not None]
+    if isinstance(x, fx.Node):
+        return _look_up(f, node, x, indices)
+    if len(named) != 1 or not f.is_constant(indices[named[0]]):
+        raise refuse(node, "is followed for one axis and fixed indices")
+    (dim,), picked = named, f.constant(indices[named[0]])
+    if picked.dim() != 1:
+        raise refuse(node, "is followed for one axis and a row of fixed indices")
+    if any(a.role for a in x.axes[dim]):
+        if has(x.axes[dim], Role.QUERY) and picked.tolist() == [-1]:
+            return _last(f, node, x, dim, keep=True)
+        raise refuse(node, "takes some of the positions or rows", "only the last position can be taken")
+    value, order = working(f.emit, x)
+    value = f.emit.op("Gather", value, f.emit.constant(picked.numpy()), axis=order.index(dim))
+    axes = followed(x.axes)
+    return from_working(value, (*axes[:dim], fixed(len(picked)), *axes[dim + 1 :]), order, x.dtype)
+
+
+def _look_up(f: Follower, node: fx.Node, table: fx.Node, indices: list[Any]) -> Tensor:
+    """table[ids]: an embedding by another name."""
+    if not f.is_constant(table) or len(indices) != 1 or not isinstance(indices[0], Tensor):
+        raise refuse(node, "is followed for a fixed table looked up by data")
+    ids, shape = indices[0], f.constant(table).shape
+    value = f.emit.op("Gather", f.parameter(table), ids.value, axis=0)
+    out = tuple(fixed(int(n)) for n in shape[1:])
+    return Tensor(value, (*ids.base, *out), (*ids.axes, *out), f.constant(table).dtype)
+
+
+def _pieces(f: Follower, node: fx.Node, x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
+    dim %= x.rank
+    if any(a.role for a in x.axes[dim]):
+        raise refuse(node, "cuts the positions or rows into pieces")
+    value, order = working(f.emit, x)
+    splits = f.emit.constant(sizes)
+    parts = f.emit.multi("Split", value, splits, outputs=len(sizes), axis=order.index(dim))
+    axes = followed(x.axes)
+    return [from_working(p, (*axes[:dim], fixed(n), *axes[dim + 1 :]), order, x.dtype) for p, n in zip(parts, sizes)]
+
+
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+def split(f: Follower, node: fx.Node, x: Tensor, *args: Any) -> list[Tensor]:
+    dim = args[-1] if len(args) == (1 if node.target is aten.unbind.int else 2) else 0
+    parts = node.meta["val"]
+    if node.target is aten.unbind.int:
+        pieces = _pieces(f, node, x, [1] * len(parts), dim)
+        gone = dim % x.rank
+        return [p.seen_as((*p.axes[:gone], *p.axes[gone + 1 :])) for p in pieces]
+    return _pieces(f, node, x, [int(p.shape[dim]) for p in parts], dim)
+
+
+@rule(aten.cat.default, aten.stack.default)
+def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
+    shape = f.trace.shape(node)
+    dim %= len(shape)
+    stacked = node.target is aten.stack.default
+    data = [t for t in tensors if isinstance(t, Tensor)]
+    if any(not isinstance(t, Tensor) for t in tensors):
+        raise refuse(node, "joins data with a table", "add or multiply tables instead")
+    if stacked:
+        data = [t.seen_as((*t.axes[:dim], (), *t.axes[dim:])) for t in data]
+    if any(a.role for t in data for a in t.axes[dim]):
+        raise refuse(node, "joins along the positions or rows", "nothing may stand before the first token")
+    rest = [t.seen_as((*t.axes[:dim], (), *t.axes[dim + 1 :])) for t in data]
+    axes = broadcast_of(f, node, rest, dim)
+    _, order = working(f.emit, next((t for t in data if t.order() != list(range(t.rank))), data[0]))
+    dtype = node.meta["val"].dtype
+    values = [working(f.emit, t, order)[0] for t in data]
+    values = [v if t.dtype == dtype else f.emit.cast(v, dtype) for v, t in zip(values, data)]
+    value = f.emit.op("Concat", *values, axis=order.index(dim))
+    return from_working(value, (*axes[:dim], (Atom(size=int(shape[dim])),), *axes[dim + 1 :]), order, dtype)
+
+
+def broadcast_of(f: Follower, node: fx.Node, tensors: list[Tensor], dim: int) -> Axes:
+    """The axes of joined tensors beside the one they are joined along."""
+    axes = broadcast(f, node, tensors)
+    return followed((*axes[:dim], (), *axes[dim + 1 :]))
+
+
+@rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+def like(f: Follower, node: fx.Node, x: Tensor, value: Any = None, **kwargs: Any) -> Tensor:
+    number = {aten.zeros_like.default: 0, aten.ones_like.default: 1}.get(node.target, value)
+    dtype = node.meta["val"].dtype
+    constant = f.emit.constant(torch.tensor(number, dtype=dtype).numpy())
+    shape = f.emit.op("Shape", x.value)
+    return Tensor(f.emit.op("Expand", constant, shape), x.base, x.axes, dtype)

@@ -1,0 +1,120 @@
+"""Operations that sum up an axis: any but that of the new positions, which a cache does not hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from ..axes import Role, has
+from ..follow import Follower, followed, rule
+from ..tensor import Tensor, from_working, laid_out, working
+from ..trace import aten, refuse
+
+
+def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
+    """The axes to sum up; refused where new positions or the batch lie along one."""
+    asked = range(x.rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    found = [d % x.rank for d in asked]
+    for dim in found:
+        if has(x.axes[dim], Role.QUERY):
+            raise refuse(node, "mixes positions: every token would see the ones behind it", "a causal mean is a masked matmul over the keys")
+        if has(x.axes[dim], Role.BATCH):
+            raise refuse(node, "mixes the rows of a batch")
+    return found
+
+
+REDUCTIONS = {
+    aten.mean.dim: "ReduceMean",
+    aten.sum.dim_IntList: "ReduceSum",
+    aten.amax.default: "ReduceMax",
+    aten.amin.default: "ReduceMin",
+    aten.prod.dim_int: "ReduceProd",
+}
+
+
+@rule(*REDUCTIONS)
+def reduce(f: Follower, node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
+    return _reduced(f, node, x, over(f, node, x, dims), keepdim, REDUCTIONS[node.target])
+
+
+def _reduced(f: Follower, node: fx.Node, x: Tensor, dims: list[int], keepdim: bool, op_type: str) -> Tensor:
+    value, order = working(f.emit, x)
+    dtype = node.meta["val"].dtype if isinstance(node.meta["val"], torch.Tensor) else x.dtype
+    value = value if dtype == x.dtype else f.emit.cast(value, dtype)
+    value = f.emit.op(op_type, value, f.emit.constant([order.index(d) for d in dims]), keepdims=1)
+    axes = tuple(() if i in dims else axis for i, axis in enumerate(followed(x.axes)))
+    result = from_working(value, axes, order, dtype)
+    return result if keepdim else result.seen_as(tuple(axis for i, axis in enumerate(axes) if i not in dims))
+
+
+@rule(aten.max.dim, aten.min.dim)
+def extreme(f: Follower, node: fx.Node, x: Tensor, dim: int, keepdim: bool = False) -> list[Tensor]:
+    dims = over(f, node, x, dim)
+    if any(user.args[1] == 1 for user in f.trace.users(node)):
+        raise refuse(node, "the index of the largest value is not followed")
+    name = "ReduceMax" if node.target is aten.max.dim else "ReduceMin"
+    return [_reduced(f, node, x, dims, keepdim, name)]
+
+
+@rule(aten.var.correction, aten.std.correction)
+def variance(f: Follower, node: fx.Node, x: Tensor, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    found = over(f, node, x, dims)
+    count = 1
+    for dim in found:
+        size = f.symbols.product(x.axes[dim])
+        if not isinstance(size, int):
+            raise refuse(node, "the variance along an axis of positions is not followed")
+        count *= size
+    mean = _reduced(f, node, x, found, True, "ReduceMean")
+    value, order = working(f.emit, x)
+    centred = f.emit.op("Sub", value, working(f.emit, mean, order)[0])
+    square = from_working(f.emit.op("Mul", centred, centred), followed(x.axes), order, x.dtype)
+    result = _reduced(f, node, square, found, keepdim, "ReduceMean")
+    scale = count / (count - (1 if correction is None else correction))
+    value = f.emit.op("Mul", result.value, f.emit.constant(torch.tensor(scale, dtype=x.dtype).numpy()))
+    value = f.emit.op("Sqrt", value) if node.target is aten.std.correction else value
+    return Tensor(value, result.base, result.axes, result.dtype)
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+def softmax(f: Follower, node: fx.Node, x: Tensor, dim: int, *args: Any) -> Tensor:
+    (axis,) = over(f, node, x, dim)
+    value, order = working(f.emit, x)
+    dtype = node.meta["val"].dtype
+    value = value if dtype == x.dtype else f.emit.cast(value, dtype)
+    name = "Softmax" if node.target in (aten.softmax.int, aten._softmax.default) else "LogSoftmax"
+    return from_working(f.emit.op(name, value, axis=order.index(axis)), followed(x.axes), order, dtype)
+
+
+def _features_last(f: Follower, node: fx.Node, x: Tensor, count: int) -> tuple[ir.Value, tuple[Any, ...]]:
+    """The value with the last `count` axes behind everything else, which stays as it lies."""
+    over(f, node, x, list(range(-count, 0)))
+    own = [a for axis in x.axes[-count:] for a in axis]
+    lead = tuple(axis for axis in (tuple(a for a in axis if a not in own) for axis in x.base) if axis)
+    lies = (*lead, *x.axes[-count:])
+    return laid_out(f.emit, x, lies), lies
+
+
+@rule(aten.layer_norm.default)
+def layer_norm(
+    f: Follower, node: fx.Node, x: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+) -> Tensor:
+    value, lies = _features_last(f, node, x, len(shape))
+    scale = f.parameter(weight) if weight is not None else f.emit.shared(("ones", tuple(shape), x.dtype), torch.ones(shape, dtype=x.dtype), "ones")
+    shift = f.parameter(bias) if bias is not None else None
+    value = f.emit.op("LayerNormalization", value, scale, shift, axis=-len(shape), epsilon=float(eps))
+    return Tensor(value, lies, x.axes, x.dtype)
+
+
+@rule(aten.rms_norm.default)
+def rms_norm(f: Follower, node: fx.Node, x: Tensor, shape: list[int], weight: Any = None, eps: float | None = None) -> Tensor:
+    value, lies = _features_last(f, node, x, len(shape))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    mean = f.emit.op("ReduceMean", f.emit.op("Mul", value, value), f.emit.constant(list(range(-len(shape), 0))), keepdims=1)
+    root = f.emit.op("Sqrt", f.emit.op("Add", mean, f.emit.constant(torch.tensor(eps, dtype=x.dtype).numpy())))
+    value = f.emit.op("Div", value, root)
+    value = value if weight is None else f.emit.op("Mul", value, f.parameter(weight))
+    return Tensor(value, lies, x.axes, x.dtype)

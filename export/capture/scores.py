@@ -1,0 +1,182 @@
+"""What a module does to its attention scores before the softmax, read by its values.
+
+The chain of operations between q k^T and the softmax is run on made-up scores at a few lengths. If it is `scale * score
++ bias` wherever a key is visible, the attention is a scale, a mask and a bias, however they were written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from .axes import Axes, Role, Symbols, flat, has
+from .positional import Positional
+from .tables import ByDistance, NotStable, PerKey, Square, close, read_square, sampled_rows
+from .tensor import sizes
+from .trace import aten, is_computed
+
+# What modules add to hide a key: -inf, the least float, -1e10, -1e9, -1e4 ...; after the softmax all of them are 0.
+HIDDEN = -9e3
+
+IDENTITIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.dropout.default}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
+# made-up score(s), rows, length -> (heads, rows, length) in float64
+Scores = Callable[[float, torch.Tensor, int], torch.Tensor]
+
+
+class NotCausal(Exception):
+    """A position sees its future; holds the query and key."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Causal attention with a scale, perhaps a window, perhaps a bias per (head or 1, query, key); -inf hides a key."""
+
+    scale: float = 1.0
+    window: int | None = None
+    bias: PerKey | ByDistance | Square | None = None
+
+    def __str__(self) -> str:
+        kind = "causal" if self.window is None else f"causal, window {self.window}"
+        names = {PerKey: "a bias per key", ByDistance: "a bias by distance", Square: "a table"}
+        return kind if self.bias is None else f"{kind}, {names[type(self.bias)]}"
+
+
+def read_pattern(scores: Scores, length: int) -> Pattern | None:
+    """The pattern that `scores` follow up to `length`, or None where they are no scale, mask and bias.
+
+    Raises NotCausal, and TooLarge or NotStable from the table that an unusual bias needs.
+    """
+    rows = sampled_rows(length)
+    at_zero, at_one, at_three = (scores(s, rows, length) for s in (0.0, 1.0, -3.0))
+    visible = at_zero > HIDDEN
+    columns = torch.arange(length)
+    future = visible & (columns > rows[:, None])
+    if future.any():
+        _, row, key = (int(i) for i in future.nonzero()[0])
+        raise NotCausal(int(rows[row]), key)
+    if not visible[:, torch.arange(len(rows)), rows].all():  # a position that does not see itself
+        return None
+    slope = (at_one - at_zero)[visible]
+    scale = float(slope[0])
+    if scale == 0 or not close(slope, torch.full_like(slope, scale)) or not close((at_three - at_zero)[visible], -3 * slope):
+        return None
+
+    def bias(rows: torch.Tensor, length: int) -> torch.Tensor:
+        """(heads or 1, rows, length): what is added; NaN in the future, where anything would do."""
+        value = scores(0.0, rows, length)
+        value = torch.where(value > HIDDEN, value, -torch.inf)
+        value = torch.where(torch.arange(length) > rows[:, None], torch.nan, value)
+        return value[:1] if close(value, value[:1].expand_as(value)) else value
+
+    pattern = Pattern(scale=scale)
+    window = int(visible[0, -1].sum())  # of the last row
+    if torch.equal(visible, ((columns <= rows[:, None]) & (columns > rows[:, None] - window)).expand_as(visible)):
+        pattern = replace(pattern, window=window if window < length else None)
+        flat_bias = at_zero[visible]
+        if close(flat_bias, torch.zeros_like(flat_bias)):
+            return pattern
+        if window < length:  # the window is the operator's own; the bias need not repeat it
+            return replace(pattern, bias=_read_bias(lambda r, n: bias(r, n).masked_fill(torch.arange(n) <= r[:, None] - window, torch.nan), length))
+    return replace(pattern, bias=_read_bias(bias, length))
+
+
+def _read_bias(bias: Callable[[torch.Tensor, int], torch.Tensor], length: int) -> PerKey | ByDistance | Square | None:
+    """Read a bias up to a constant per row, which no softmax sees."""
+
+    def from_self(rows: torch.Tensor, length: int) -> torch.Tensor:
+        value = bias(rows, length)
+        return value - value.gather(-1, rows[None, :, None].expand(value.shape[0], -1, 1))
+
+    try:
+        read = read_square(bias, length)
+    except NotStable:
+        read = None
+    if not isinstance(read, PerKey):
+        read = read_square(from_self, length)
+    table = torch.nan_to_num(read.table, nan=0.0, neginf=-torch.inf)
+    if not table.any():
+        return None
+    return type(read)(table.float())
+
+
+class Chain:
+    """The operations between q k^T (or the score that a mask is added to) and the softmax, ready to be run."""
+
+    def __init__(self, nodes: list[fx.Node], source: fx.Node, axes: Axes, positional: Positional, symbols: Symbols) -> None:
+        self.nodes, self.source, self.axes = nodes, source, axes
+        self.positional, self.symbols = positional, symbols
+
+    def __call__(self, score: float, rows: torch.Tensor, length: int) -> torch.Tensor:
+        """(heads, rows, length) in float64; raises Unreadable for an operation that no reader follows."""
+        axes = self.axes
+        value = torch.full(sizes(axes, 1, len(rows), length), score, dtype=torch.float64)
+        if self.source.target is aten.baddbmm.default:  # the product adds a bias itself
+            value = self._baddbmm(value, axes, rows, length)
+        for node in self.nodes:
+            if node.target in IDENTITIES:
+                continue
+            if node.target in VIEWS:
+                grouped = self.symbols.regroup(axes, self.positional.trace.shape(node))
+                if grouped is None:
+                    raise Unreadable(node)
+                axes = grouped[0]
+                value = value.reshape(sizes(axes, 1, len(rows), length))
+            elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
+                value = self._pointwise(node, value, axes, rows, length)
+            else:
+                raise Unreadable(node)
+        return self.canonical(value, axes, len(rows), length)
+
+    def _pointwise(self, node: fx.Node, value: torch.Tensor, axes: Axes, rows: torch.Tensor, length: int) -> torch.Tensor:
+        def operand(n: fx.Node) -> object:
+            if n in self.positional.trace.data:
+                return value
+            return self.aligned(n, axes, rows, length)
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _baddbmm(self, value: torch.Tensor, axes: Axes, rows: torch.Tensor, length: int) -> torch.Tensor:
+        base = self.aligned(self.source.args[0], axes, rows, length)  # type: ignore[arg-type]
+        options = self.source.kwargs
+        return options.get("beta", 1) * base + options.get("alpha", 1) * value  # type: ignore[operator, return-value]
+
+    def aligned(self, node: fx.Node, axes: Axes, rows: torch.Tensor, length: int) -> object:
+        """A positional operand beside scores of `axes`: only `rows` of the axis that meets the query positions."""
+        if not is_computed(node) or not isinstance(node.meta["val"], torch.Tensor):
+            return self.positional.value(node, length)
+        missing = len(axes) - node.meta["val"].dim()
+        shape = self.positional.trace.shape(node)
+        for i, size in enumerate(shape):
+            if size == self.positional.trace.seq and has(axes[i + missing], Role.QUERY):
+                return self.positional.rows(node, i, rows, length)
+        return self.positional.value(node, length)
+
+    def signature(self) -> tuple[object, ...]:
+        """Equal for chains that do the same to their scores with the same positional nodes."""
+
+        def named(operand: object) -> object:
+            return "data" if isinstance(operand, fx.Node) and operand in self.positional.trace.data else operand
+
+        return tuple(str((n.target, fx.node.map_aggregate((n.args, tuple(n.kwargs.items())), named))) for n in self._nodes_and_base())
+
+    def _nodes_and_base(self) -> list[fx.Node]:
+        return [*([self.source] if self.source.target is aten.baddbmm.default else []), *self.nodes]
+
+    @staticmethod
+    def canonical(value: torch.Tensor, axes: Axes, rows: int, length: int) -> torch.Tensor:
+        """Scores of any layout as (heads, rows, length)."""
+        atoms = flat(axes)
+        roles = [atom.role for atom in atoms]
+        query, key, batch = roles.index(Role.QUERY), roles.index(Role.KEY), roles.index(Role.BATCH)
+        heads = [i for i in range(len(atoms)) if i not in (query, key, batch)]
+        apart = value.reshape(sizes(tuple((atom,) for atom in atoms), 1, rows, length))
+        return apart.permute(batch, *heads, query, key).flatten(0, -3)
+
+
+class Unreadable(Exception):
+    """An operation on the scores that is neither element-wise nor a view."""

@@ -1,0 +1,132 @@
+"""A module into one functional graph of its operators, and what is known of every node. Knows no architecture.
+
+Every node of the graph either depends on the ids (*data*) or on lengths and constants alone (*positional*).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim
+
+from tfinfer.errors import CaptureError
+
+aten = torch.ops.aten
+
+# Sizes above 1 and different from each other: torch.export pins sizes 0 and 1, and equal sizes look related.
+TRACED_BATCH, TRACED_SEQ = 2, 11
+CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default}
+
+
+@dataclass(eq=False)
+class Trace:
+    """The captured graph of `module(input_ids)`; `data` holds the nodes that depend on the ids."""
+
+    module: nn.Module
+    nodes: list[fx.Node]
+    input_ids: fx.Node
+    output: fx.Node
+    batch: Any  # the symbol of the batch size
+    seq: Any  # the symbol of the sequence length
+    longest: int | None  # what the module's own guards allow, where they say
+    data: set[fx.Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.data.add(self.input_ids)
+        for node in self.nodes:
+            if is_computed(node) and any(i in self.data for i in node.all_input_nodes):
+                self.data.add(node)
+
+    def shape(self, node: fx.Node) -> list[Any]:
+        """The sizes of a tensor node: ints, or expressions in `batch` and `seq`."""
+        return [dim.node.expr if isinstance(dim, torch.SymInt) else int(dim) for dim in node.meta["val"].shape]
+
+    def constant(self, node: fx.Node) -> torch.Tensor:
+        """The parameter or buffer behind a `get_attr` node."""
+        value = operator.attrgetter(str(node.target))(self.module)
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if user.target not in CHECKS]
+
+
+def is_computed(node: fx.Node) -> bool:
+    """Whether a node is an operation on tensors rather than a size, an input, a constant or a check."""
+    sizes = (int, bool, float, torch.SymInt, torch.SymBool, torch.SymFloat)
+    return node.op == "call_function" and node.target not in CHECKS and not isinstance(node.meta.get("val"), sizes)
+
+
+def where(node: fx.Node) -> str:
+    """The module path and the source line that made a node, for error messages."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values())) if isinstance(entry, tuple)), "")
+    path = path.replace("L['self'].", "").removeprefix("L['self']")
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    place = ""
+    if frames:
+        code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
+        place = f" at {lines[frames[-1]].removeprefix('File ')}: {code}"
+    return f"in {path or 'the module itself'}{place}"
+
+
+def refuse(node: fx.Node, why: str, instead: str = "") -> CaptureError:
+    """The error for a node that cannot be followed: the operation, what is wrong with it, where it stands, what to do."""
+    advice = f"; {instead}" if instead else ""
+    return CaptureError(f"{node.target}: {why}, {where(node)}{advice}")
+
+
+@contextlib.contextmanager
+def inference_mode_of(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without the fused encoder fast path, which would hide its attention; restored afterwards."""
+    training = {part: part.training for part in module.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for part, mode in training.items():
+            part.training = mode
+
+
+def trace(module: nn.Module, vocab_size: int = 2) -> Trace:
+    """Capture `module(input_ids)` with a symbolic batch and sequence axis.
+
+    Raises CaptureError where torch.export meets control flow on data, an axis that is pinned to the traced size, or
+    a module that does not take one tensor of ids.
+    """
+    input_ids = torch.randint(0, vocab_size, (TRACED_BATCH, TRACED_SEQ))
+    try:
+        with inference_mode_of(module):
+            program = torch.export.export(module, (input_ids,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},))
+            program = program.run_decompositions({})  # functional: no in-place operation survives
+    except Exception as error:
+        raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
+    graph_module = program.module()
+    nodes = list(graph_module.graph.nodes)
+    ids = next(n for n in nodes if n.op == "placeholder")
+    batch, seq = ids.meta["val"].shape
+    for size, name in ((batch, "batch"), (seq, "sequence")):
+        if not isinstance(size, torch.SymInt):
+            raise CaptureError(f"the {name} axis is pinned to {size}: the module computes with it as a number")
+    upper = program.range_constraints[seq.node.expr].upper
+    longest = int(upper) if upper.is_Integer else None
+    return Trace(graph_module, nodes, ids, nodes[-1], batch.node.expr, seq.node.expr, longest)
+
+
+def explain(error: Exception) -> str:
+    """The lines of a torch.export error that help its reader, in one line."""
+    text = str(error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    source = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
+    kept = [*lines[:2], *source[-1:]]
+    return f"{type(error).__name__}: {' '.join(kept)}"[:600]

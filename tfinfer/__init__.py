@@ -1,0 +1,1 @@
+"""Run exported transformers without torch."""
