@@ -172,7 +172,8 @@ class Follower:
         """A value over (query, key) as dimensions `rest`, `query` and `key` of a tensor."""
         table = read.table.to(dtype)
         if isinstance(read, PerKey):
-            return Placed(slice_keys(self.emit, table, table.dim() - 1).value, (*rest, key))
+            placed = slice_keys(self.emit, table, table.dim() - 1)
+            return Placed(placed.value, tuple((*rest, key)[i] for i in placed.dims))
         if isinstance(read, ByDistance):
             return gather_by_distance(self.emit, table, self.max_length, rest, query, key)
         return gather_square(self.emit, table, rest, query, key)

@@ -20,6 +20,8 @@ from .trace import aten, is_computed
 
 # What modules add to hide a key: -inf, the least float, -1e10, -1e9, -1e4 ...; after the softmax all of them are 0.
 HIDDEN = -9e3
+# The made-up scores are 0, this and -3 times this: large enough for a soft cap to bend them.
+PROBE = 50.0
 
 IDENTITIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.dropout.default}
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
@@ -51,7 +53,7 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
     Raises NotCausal, and TooLarge or NotStable from the table that an unusual bias needs.
     """
     rows = sampled_rows(length)
-    at_zero, at_one, at_three = (scores(s, rows, length) for s in (0.0, 1.0, -3.0))
+    at_zero, at_one, at_three = (scores(s, rows, length) for s in (0.0, PROBE, -3 * PROBE))
     visible = at_zero > HIDDEN
     columns = torch.arange(length)
     future = visible & (columns > rows[:, None])
@@ -61,8 +63,8 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
     if not visible[:, torch.arange(len(rows)), rows].all():  # a position that does not see itself
         return None
     slope = (at_one - at_zero)[visible]
-    scale = float(slope[0])
-    if scale == 0 or not close(slope, torch.full_like(slope, scale)) or not close((at_three - at_zero)[visible], -3 * slope):
+    scale = float(slope[0]) / PROBE
+    if scale == 0 or not close(slope, slope[0].expand_as(slope)) or not close((at_three - at_zero)[visible], -3 * slope):
         return None
 
     def bias(rows: torch.Tensor, length: int) -> torch.Tensor:

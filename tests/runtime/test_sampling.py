@@ -222,7 +222,9 @@ def test_a_bias_that_forbids_everything_is_an_error():
         draw([[5.0, 1.0]], SamplingParams(logit_bias={0: -math.inf, 1: -math.inf}))
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(1.0, 2, seed=0), SamplingParams(logit_bias={0: 1})])
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(1.0, 2, seed=0), SamplingParams(logit_bias={0: 1})]
+)
 @pytest.mark.parametrize("row", [[0.0, math.nan, 9.0], [-math.inf] * 3, [0.0, math.inf, 1.0]], ids=str)
 def test_non_finite_logits_name_the_row(params, row):
     with pytest.raises(NonFiniteLogitsError, match="row 1"):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -88,6 +89,7 @@ class ChatTemplate:
 
     def _run(self, variables: Mapping[str, Any]) -> str:
         environment = _BudgetedEnvironment()  # one per rendering, since it holds the budgets
+        environment.learn(variables["messages"])
         template = jinja2.Template.from_code(environment, self._code, environment.make_globals(None))
         pieces, size = [], 0
         for piece in template.generate(variables):
@@ -152,6 +154,7 @@ class _BudgetedEnvironment(ImmutableSandboxedEnvironment):
         )
         self._end = time.thread_time() + _MAX_SECONDS
         self._made = 0
+        self._known: dict[int, int] = {}  # the weight of each message, by identity: they live as long as this
         for name in _UNNEEDED_FILTERS:
             del self.filters[name]
         self.filters["tojson"] = _to_json
@@ -164,6 +167,10 @@ class _BudgetedEnvironment(ImmutableSandboxedEnvironment):
         _Instrument().visit(tree)
         tree.set_environment(self)
         return tree
+
+    def learn(self, messages: list[dict[str, Any]]) -> None:
+        """Weigh the messages once; templates copy lists of them in every turn of a loop."""
+        self._known = {id(message): _weigh(message) for message in messages}
 
     def turn(self, size: int) -> bool:
         """Charge one turn of a loop or one macro call, and the template's own text in it."""
@@ -238,7 +245,7 @@ class _BudgetedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(value, str | bytes):
             self._charge(_weigh(value))
         elif isinstance(value, Collection) and not isinstance(value, range):
-            _weigh(value)
+            _weigh(value, self._known)
             self._charge(_ELEMENT * len(value))
         else:
             self._charge(1)
@@ -367,13 +374,15 @@ def _check_power(base: Any, exponent: Any) -> None:
         raise _Exhausted(f"computes an integer of more than {_MAX_BITS} bits")
 
 
-def _weigh(value: Any) -> int:
+def _weigh(value: Any, known: Mapping[int, int] = MappingProxyType({})) -> int:
     """Return the size of a value written out; one object that stands in many places counts in each."""
     size, rest = 0, [value]
     while rest:
         item = rest.pop()
         if isinstance(item, str | bytes):
             size += len(item)
+        elif id(item) in known:
+            size += known[id(item)]
         elif isinstance(item, Collection):
             size += _ELEMENT * len(item)
             _check_size(size)

@@ -6,6 +6,7 @@ error of the tree. Imports tokenizers and errors.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from os import PathLike, fspath
 from typing import Any
 
@@ -48,6 +49,7 @@ class Tokenizer:
         self._name = name
         added: dict[int, Any] = inner.get_added_tokens_decoder()
         self._special = frozenset(token for token, entry in added.items() if entry.special)
+        self._bytes = _byte_tokens(inner)
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> "Tokenizer":
@@ -78,6 +80,18 @@ class Tokenizer:
         with _translate(InputError, f"ids: {self._name} cannot decode {token}"):
             return (skip_special_tokens and token in self._special) or self._inner.id_to_token(token) is None
 
+    def byte_of(self, token: int) -> int | None:
+        """Return the byte that a byte-fallback token stands for, None for all other tokens."""
+        return self._bytes.get(token)
+
+
+def _byte_tokens(inner: tokenizers.Tokenizer) -> dict[int, int]:
+    """Return the byte of each byte token, nothing if the decoder does not join them; it is asked rather than read."""
+    found = {byte: inner.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    values = {token: byte for byte, token in found.items() if token is not None}
+    joined = len(values) == len(found) and inner.decode(list(values)[65:67]) == "AB"
+    return values if joined else {}
+
 
 class StreamDecoder:
     """Turns ids into text as they come: never half a character, and all pieces together are the whole text.
@@ -85,24 +99,29 @@ class StreamDecoder:
     Every push decodes a window of the last ids and returns what is new in it. Up to three replacement characters at
     the end are held back, since they may be the beginning of a character; the next ids or `flush` settle them. With
     `prompt_ids` the pieces continue the prompt's text, so a leading space survives. Byte-fallback decoders turn a
-    whole run of bytes into replacement characters if one of them is wrong; characters of the run that were complete
-    before the wrong byte came are kept here.
+    whole run of byte tokens into replacement characters if one of them is wrong; characters of the run that were
+    complete before the wrong byte came have been returned and stay.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window = [token for token in prompt_ids if not tokenizer.is_silent(token, skip_special_tokens)]
-        self._sent = self._decode(self._window)  # the window's text that needs no sending any more
-        self._move_window(self._sent)
+        # The window's text that needs no sending any more. What the prompt leaves incomplete is sent with its rest.
+        self._sent = self._decode(self._window[: len(self._window) - self._incomplete_bytes()])
+        if not self._incomplete_bytes():
+            self._move_window(self._sent)
 
     def push(self, token: int) -> str:
         """Take the next id and return the text that became certain."""
         if self._tokenizer.is_silent(token, self._skip):
             return ""
         self._window.append(token)
+        if self._incomplete_bytes():
+            return ""
         text = self._decode(self._window)
-        piece = self._take(text, len(text) - _held(text)) if self._is_settled(text) else ""
+        held = 0 if self._tokenizer.byte_of(token) is not None else _held(text)
+        piece = self._take(text, len(text) - held)
         if len(self._window) > _WINDOW:
             self._move_window(text)
         return piece
@@ -115,21 +134,21 @@ class StreamDecoder:
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._skip)
 
-    def _is_settled(self, text: str) -> bool:
-        """Whether what stands before the held characters will stay.
-
-        Byte-fallback decoders show a run of bytes as replacement characters, those sent as characters too, for as
-        long as the last character of the run is not complete.
-        """
-        return not _held(text) or text.startswith(self._sent) or len(self._window) > _GARBAGE_WINDOW
+    def _incomplete_bytes(self) -> int:
+        """Return how many byte tokens at the window's end are a beginning of a character."""
+        values = map(self._tokenizer.byte_of, reversed(self._window))
+        run = bytes(takewhile(lambda byte: byte is not None, values))[::-1]  # type: ignore[arg-type]
+        try:
+            run.decode()
+        except UnicodeDecodeError as error:
+            return len(run) - error.start if error.reason == "unexpected end of data" else 0
+        return 0
 
     def _take(self, text: str, end: int) -> str:
         start = len(self._sent)
         if not text.startswith(self._sent):  # the prompt ended within a character, which is now complete
             start -= _held(self._sent)
-        if end <= start and text.startswith(self._sent):
-            return ""
-        self._sent = text[:end]
+        self._sent = text[: max(start, end)]
         return text[start:end]
 
     def _move_window(self, text: str) -> None:

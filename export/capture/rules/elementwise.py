@@ -182,8 +182,8 @@ def identity(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -
     return x
 
 
-@rule(aten._to_copy.default)
-def to_copy(f: Follower, node: fx.Node, x: Tensor, **kwargs: Any) -> Tensor:
+@rule(aten._to_copy.default, aten.type_as.default, aten.to.dtype)
+def to_copy(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dtype = node.meta["val"].dtype
     if dtype not in DTYPES:
         raise refuse(node, f"values of {dtype} are not followed")

@@ -1,0 +1,142 @@
+"""Weights, cache and most of the computation in float16 or bfloat16; norms and softmax stay in float32.
+
+A sum of squares leaves float16's range at values of a few hundred, so what belongs to a norm (squares, means, roots and
+the products with them) and every softmax is computed in float32, with a Cast on each way in. Logits stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+WIDE = {"ReduceMean", "ReduceSum", "ReduceProd", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax", "Exp", "Log", "Pow"}
+SCALING = {"Mul", "Div"}  # with a wide operand they stay wide: the norm's own product and its weight
+SHIFTING = {"Add", "Sub"}  # with a wide operand and a constant: the norm's epsilon or bias
+TRUTHS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN"}
+NUMPY: dict[ir.DataType, npt.DTypeLike] = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
+
+
+def run(model: ir.Model, dtype: ir.DataType) -> int:
+    """Convert in place; returns how many initializers became `dtype`."""
+    return _Conversion(model.graph, dtype).run()
+
+
+class _Conversion:
+    def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
+        self.graph, self.dtype = graph, dtype
+        self.types: dict[ir.Value, ir.DataType] = {}
+        self.narrow: dict[ir.Value, ir.Value] = {}  # initializers in `dtype`
+        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def run(self) -> int:
+        outputs = list(self.graph.outputs)
+        for value in (*self.graph.inputs, *self.graph.initializers.values()):
+            self.types[value] = self._declared(value)
+        for value in self.graph.inputs:
+            if self._declared(value) is ir.DataType.FLOAT:
+                value.dtype = self.types[value] = self.dtype
+        for node in list(self.graph):
+            self._convert(node)
+        for value in outputs:
+            if value.name == "logits":
+                self._widen_output(value)
+            else:
+                value.dtype = self.types[value]
+        for value in list(self.graph.initializers.values()):
+            if value in self.narrow and not value.uses():
+                del self.graph.initializers[str(value.name)]
+        return len(self.narrow)
+
+    @staticmethod
+    def _declared(value: ir.Value) -> ir.DataType:
+        assert value.dtype is not None, value
+        return value.dtype
+
+    def _convert(self, node: ir.Node) -> None:
+        floats = [v for v in node.inputs if v is not None and self.types[v] in (ir.DataType.FLOAT, self.dtype)]
+        wide = bool(floats) and self._is_wide(node)
+        wanted = ir.DataType.FLOAT if wide else self.dtype
+        if node.op_type != "Cast":
+            for i, value in enumerate(node.inputs):
+                if value in floats and value is not None and self.types[value] is not wanted or value in floats and value.const_value is not None:
+                    node.replace_input_with(i, self._as(value, wanted, node))  # type: ignore[arg-type]
+        elif node.attributes["to"].as_int() == ir.DataType.FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", int(self.dtype))
+        for output in node.outputs:
+            self.types[output] = self._type_of(node, wanted)
+
+    def _is_wide(self, node: ir.Node) -> bool:
+        if node.op_type in WIDE or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
+            return True
+        from_wide = any(v is not None and v.producer() and self.types[v] is ir.DataType.FLOAT for v in node.inputs)
+        constant = any(v is not None and v.const_value is not None for v in node.inputs)
+        return from_wide and (node.op_type in SCALING or (node.op_type in SHIFTING and constant))
+
+    def _type_of(self, node: ir.Node, wanted: ir.DataType) -> ir.DataType:
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int())
+        if node.op_type in TRUTHS:
+            return ir.DataType.BOOL
+        if node.op_type == "Shape":
+            return ir.DataType.INT64
+        source = node.inputs[1] if node.op_type == "Where" else node.inputs[0]
+        assert source is not None
+        return wanted if self.types[source] in (ir.DataType.FLOAT, self.dtype) else self.types[source]
+
+    def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        """`value` in `dtype`: an initializer is converted, anything else is cast once."""
+        if value.const_value is not None:
+            return value if dtype is ir.DataType.FLOAT else self._narrowed(value)
+        if self.types[value] is dtype:
+            return value
+        if (value, dtype) not in self.casts:
+            node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}_as_{dtype.name.lower()}")
+            self.graph.insert_before(before, node)
+            self.casts[value, dtype] = node.outputs[0]
+            self.types[node.outputs[0]] = dtype
+        return self.casts[value, dtype]
+
+    def _narrowed(self, value: ir.Value) -> ir.Value:
+        if value not in self.narrow:
+            tensor = value.const_value
+            assert tensor is not None
+            name = f"{value.name}_{self.dtype.name.lower()}"
+            made = ir.LazyTensor(narrowing(tensor, self.dtype), dtype=self.dtype, shape=ir.Shape(tensor.shape), name=name)
+            new = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=ir.Shape(tensor.shape), const_value=made)
+            self.graph.initializers[name] = new
+            self.narrow[value], self.types[new] = new, self.dtype
+        return self.narrow[value]
+
+    def _widen_output(self, value: ir.Value) -> None:
+        node = value.producer()
+        if self.types[value] is ir.DataType.FLOAT or node is None:
+            return
+        inner = ir.Value(name="logits_narrow", type=ir.TensorType(self.dtype))
+        cast = ir.node("Cast", [inner], {"to": int(ir.DataType.FLOAT)}, name="logits_cast", outputs=[value_like(value)])
+        at = list(self.graph.outputs).index(value)
+        value.name = "logits_narrow"
+        cast.replace_input_with(0, value)
+        value.dtype = self.dtype
+        self.graph.append(cast)
+        self.graph.outputs[at] = cast.outputs[0]
+
+
+def value_like(value: ir.Value) -> ir.Value:
+    return ir.Value(name=value.name, type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
+
+
+def narrowing(tensor: ir.TensorProtocol, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
+    """Make the narrow tensor when it is written; finite values stay finite."""
+
+    def make() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        if dtype is ir.DataType.FLOAT16:
+            largest = np.finfo(np.float16).max
+            array = np.where(np.isfinite(array), np.clip(array, -largest, largest), array)
+        return ir.Tensor(array.astype(NUMPY[dtype]), dtype=dtype)
+
+    return make

@@ -1,0 +1,18 @@
+"""The passes of an export, in order. To add one, write its file beside this and name it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from . import dead_nodes
+
+Pass = Callable[[ir.Model], int]
+
+PASSES: dict[str, Pass] = {"dead_nodes": dead_nodes.run}
+
+
+def run(model: ir.Model) -> dict[str, int]:
+    """Apply every pass in place; returns how often each fired."""
+    return {name: apply(model) for name, apply in PASSES.items()}

@@ -1,0 +1,49 @@
+"""What an export did, for people and programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tfinfer.manifest import AttentionSpec, Manifest
+from tfinfer.proof.prove import Verdict
+
+from .capture import AttentionReport
+
+COSTS = {
+    "GroupQueryAttention": "",
+    "Attention": "the valid part of the cache is copied each step, and its scores are computed without blocks",
+    "the module's own operators": "the valid part of the cache is copied each step, and every mask is made anew",
+}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The folder that was made, its manifest, and what the proof measured."""
+
+    folder: Path
+    manifest: Manifest
+    verdicts: tuple[Verdict, ...]
+    seconds: dict[str, float]
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for what a user should know: what was not lowered and what it costs, what was not proved."""
+        lines = [
+            f"{spec.count} of the attentions use {spec.operator} ({spec.pattern}): {spec.reason}; {COSTS[spec.operator]}"
+            for spec in self.manifest.attention
+            if spec.reason
+        ]
+        return lines + ([self.manifest.proof.not_run] if self.manifest.proof.not_run else [])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"folder": str(self.folder), "seconds": self.seconds, "notes": self.notes, "manifest": dataclasses.asdict(self.manifest)}
+
+
+def summarise_attention(reports: list[AttentionReport]) -> tuple[AttentionSpec, ...]:
+    """Equal attentions counted together, in the order of the module."""
+    counted = Counter(reports)
+    return tuple(AttentionSpec(r.operator, r.pattern, count, r.reason) for r, count in counted.items())

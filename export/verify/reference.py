@@ -1,0 +1,72 @@
+"""What the module itself computes for the cases of a proof: one full pass for each sequence, no cache anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from tfinfer.errors import ProofError
+from tfinfer.proof.cases import Case, Row
+
+from ..capture.trace import inference_mode_of
+
+Ids = npt.NDArray[np.int64]
+
+
+class Reference:
+    """Full passes of a module. `all_rows` is False for a module that gives the last position's logits alone."""
+
+    def __init__(self, module: nn.Module, all_rows: bool) -> None:
+        self.module, self.all_rows = module, all_rows
+
+    def logits(self, ids: Ids) -> torch.Tensor:
+        """ids: (seq,) -> (seq or 1, vocab) float32."""
+        with inference_mode_of(self.module):
+            out = logits_of(self.module(torch.from_numpy(np.ascontiguousarray(ids))[None]))
+        return out.reshape(-1, out.shape[-1]).float()
+
+    def expected(self, case: Case) -> dict[Row, npt.NDArray[np.float32]]:
+        """The logits of every row of a case, (vocab,) each."""
+        found: dict[Row, npt.NDArray[np.float32]] = {}
+        for number, sequence in enumerate(case.sequences):
+            rows = [row for row in case.rows if row.sequence == number]
+            if self.all_rows and rows:
+                whole = self.logits(sequence)
+                found |= {row: whole[row.position].numpy() for row in rows}
+            else:
+                found |= self._one_by_one(sequence, _last_of_each_call(rows))
+        return found
+
+    def _one_by_one(self, sequence: Ids, rows: Sequence[Row]) -> dict[Row, npt.NDArray[np.float32]]:
+        return {row: self.logits(sequence[: row.position + 1])[-1].numpy() for row in rows}
+
+    def greedy(self, prompt: Ids, count: int) -> Ids:
+        """The next `count` tokens, each from a full pass over everything before it."""
+        ids = prompt
+        for _ in range(count):
+            ids = np.append(ids, int(self.logits(ids)[-1].argmax()))
+        return ids[len(prompt) :]
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits among what a module returns: named so, or the tensor, or the first floating-point one of several."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, dict) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    for leaf in torch.utils._pytree.tree_leaves(output):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() in (2, 3):
+            return leaf
+    raise ProofError(f"the module returned {type(output).__name__} without logits")
+
+
+def _last_of_each_call(rows: Sequence[Row]) -> list[Row]:
+    """Of one sequence: a module that gives its last row alone can be compared there alone."""
+    return list({row.call: row for row in rows}.values())

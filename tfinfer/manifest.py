@@ -1,0 +1,241 @@
+"""The contract between the exporter and the runtime: `tfinfer.json` to frozen dataclasses and back.
+
+It says everything the runtime needs, so that nothing is guessed from names. A folder that has one is whole: it is
+written last. Knows neither torch nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tfinfer.errors import IncompatibleModelError, ManifestError
+
+FILE_NAME = "tfinfer.json"
+FORMAT_VERSION = 1
+MAX_BYTES = 1 << 20
+KINDS = ("decoder",)
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output; an axis is a size or a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file and what goes in and out of it."""
+
+    file: str
+    opset: dict[str, int]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One past -> present pair: (batch, num_kv_heads, length, head_dim), bound to one buffer."""
+
+    past: str
+    present: str
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class DecoderRoles:
+    """Which graph input and output plays which part; None where the graph does not take it."""
+
+    input_ids: str
+    attention_mask: str
+    logits: str
+    position_ids: str | None = None
+    logits_to_keep: str | None = None
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How some attentions of the module are written in the graph, and why not otherwise."""
+
+    operator: str
+    pattern: str
+    count: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The special ids of the vocabulary."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The files and tokens that turn text into ids and back; all None for a folder that works with ids."""
+
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    generation_config: str | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where the folder came from and what made it."""
+
+    kind: str
+    reference: str
+    versions: dict[str, str]
+    created: str
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """A file of the folder as it was written."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ProofCase:
+    """What the proof measured for one case, and what it allows."""
+
+    name: str
+    measured: float
+    allowed: float
+    measure: str
+
+
+@dataclass(frozen=True)
+class ProofSpec:
+    """What was proved, on which device, against what; `not_run` says what could not be run and why."""
+
+    device: str
+    cases: tuple[ProofCase, ...]
+    greedy_tokens: int
+    golden: str | None = None
+    not_run: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that the runtime knows of a folder."""
+
+    format_version: int
+    kind: str
+    graphs: dict[str, GraphSpec]
+    roles: DecoderRoles
+    cache: tuple[CacheSpec, ...]
+    vocab_size: int  # ids that go in
+    num_logits: int  # ids that can come out
+    max_length: int
+    all_rows: bool  # whether every new position has logits, or the last alone
+    dtype: str
+    flavor: str
+    attention: tuple[AttentionSpec, ...]
+    token_ids: TokenIds
+    text: TextSpec
+    requires: dict[str, str]
+    source: SourceSpec
+    files: dict[str, FileSpec]
+    proof: ProofSpec
+
+    def __post_init__(self) -> None:
+        def check(good: bool, what: str) -> None:
+            if not good:
+                raise ManifestError(f"{FILE_NAME}: {what}")
+
+        check(self.kind in KINDS, f"expected a kind of {', '.join(KINDS)}, got {self.kind!r}")
+        check(self.kind in self.graphs, f"kind {self.kind!r} without a graph of that name")
+        check(min(self.vocab_size, self.num_logits, self.max_length) > 0, "vocab_size, num_logits and max_length must be positive")
+        check(bool(self.cache), "expected at least one cache entry")
+        for entry in self.cache:
+            check(min(entry.num_kv_heads, entry.head_dim) > 0, f"cache entry {entry.past!r} has no size")
+            check(entry.dtype in DTYPES, f"cache entry {entry.past!r} has the unknown dtype {entry.dtype!r}")
+        for name in [graph.file for graph in self.graphs.values()]:
+            check(name in self.files, f"{name!r} is not among its files")
+        for name in self.files:
+            check(is_plain_name(name), f"{name!r} is no plain file name")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name can only mean a file directly inside the folder."""
+    return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0:")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read `folder/tfinfer.json`. Raises ManifestError, or IncompatibleModelError for a newer format."""
+    path = folder / FILE_NAME
+    if not folder.is_dir():
+        raise ManifestError(f"{folder}: expected a folder that `tfinfer export` made; there is no such folder")
+    if not path.is_file():
+        raise ManifestError(f"{folder}: no {FILE_NAME} in it, so it is no exported folder, or its export did not finish")
+    if path.stat().st_size > MAX_BYTES:
+        raise ManifestError(f"{path}: larger than {MAX_BYTES} bytes, which no manifest is")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ManifestError(f"{path}: expected an object, got {type(data).__name__}")
+    version = data.get("format_version")
+    if not isinstance(version, int):
+        raise ManifestError(f"{path}: has no format_version")
+    if version > FORMAT_VERSION:
+        raise IncompatibleModelError(f"{path}: format {version} is newer than this tfinfer reads ({FORMAT_VERSION}): upgrade tfinfer")
+    return typing.cast(Manifest, _read(Manifest, data, FILE_NAME))
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the type `kind`; unknown keys, missing keys and wrong types are errors that say where."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _read_object(kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if (value is None) == (option is type(None)) and (value is None or isinstance(value, option)):
+                return value
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    expected = getattr(kind, "__name__", str(kind))
+    raise ManifestError(f"{where}: expected {expected}, got {type(value).__name__}")
+
+
+def _read_object(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise ManifestError(f"{where}: unknown keys {', '.join(unknown)}")
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(value)):
+        raise ManifestError(f"{where}: missing keys {', '.join(missing)}")
+    return kind(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})

@@ -1,0 +1,107 @@
+"""Run the cases of a proof on a decoder and compare. Used when a folder is made, and by `tfinfer verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tfinfer.errors import CorruptModelError
+from tfinfer.manifest import ProofCase
+from tfinfer.proof import golden
+from tfinfer.proof.cases import Case, run
+from tfinfer.proof.compare import Difference, tie
+
+Ids = npt.NDArray[np.int64]
+GREEDY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """How many greedy tokens are PyTorch's; `ties` were so close that either choice is right."""
+
+    compared: int
+    identical: int
+    ties: int
+
+    @property
+    def passed(self) -> bool:
+        return self.compared > 0 and self.identical + self.ties == self.compared
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a proof measured on one device."""
+
+    device: str
+    dtype: str
+    cases: tuple[Difference, ...]
+    greedy: Greedy
+
+    @property
+    def passed(self) -> bool:
+        return all(case.passed for case in self.cases) and (self.greedy.passed or self.dtype != "float32")
+
+    def measured(self) -> tuple[ProofCase, ...]:
+        return tuple(ProofCase(c.name, c.worst, c.allowed, c.measure) for c in self.cases)
+
+    def lines(self) -> list[str]:
+        """One line for each case, for people."""
+        g = self.greedy
+        ties = f" ({g.ties} ties)" if g.ties else ""
+        verdict = "ok" if g.passed else "FAILED" if self.dtype == "float32" else "reported"
+        return [*map(str, self.cases), f"greedy: {g.identical} of {g.compared} tokens are PyTorch's{ties}: {verdict}"]
+
+
+def compare_case(decoder: Any, case: Case, expected: golden.Vectors, dtype: str, all_rows: bool) -> Difference:
+    """Run one case; every expected row must come."""
+    difference = Difference(dtype, case.name)
+    for row, logits in run(decoder, case, all_rows):
+        if row in expected:
+            difference.add(expected[row], logits, f"position {row.position} of sequence {row.sequence}")
+    return difference
+
+
+def compare_greedy(decoder: Any, prompt: Ids, tokens: Ids) -> Greedy:
+    """Continue `prompt` greedily along PyTorch's `tokens`, each choice compared with the same past behind it."""
+    cache = decoder.open_cache(1, len(prompt) + len(tokens))
+    try:
+        slot = cache.acquire()
+        logits = decoder.prefill(cache, slot, prompt)[-1]
+        identical = ties = 0
+        for at, token in enumerate(tokens.tolist()):
+            choice = int(logits.argmax())
+            identical += choice == token
+            ties += choice != token and tie(logits, choice, token)
+            if at + 1 < len(tokens):
+                logits = decoder.step(cache, [slot], [token])[0]
+        return Greedy(len(tokens), identical, ties)
+    finally:
+        cache.close()
+
+
+def prove(
+    decoder: Any, dtype: str, cases: Sequence[Case], expected: Sequence[golden.Vectors], greedy: tuple[Ids, Ids],
+    progress: Callable[[str], None] = lambda name: None,
+) -> Verdict:  # fmt: skip
+    """Run every case on `decoder`."""
+    all_rows = decoder.manifest.all_rows
+    differences = []
+    for case, vectors in zip(cases, expected):
+        progress(case.name)
+        differences.append(compare_case(decoder, case, vectors, dtype, all_rows))
+    progress("greedy tokens")
+    return Verdict(decoder.device, dtype, tuple(differences), compare_greedy(decoder, *greedy))
+
+
+def verify_folder(decoder: Any, folder: Path, progress: Callable[[str], None] = lambda name: None) -> Verdict:
+    """Prove a folder again from its golden file, without torch. Raises CorruptModelError where it has none."""
+    manifest = decoder.manifest
+    if manifest.proof.golden is None:
+        raise CorruptModelError(f"{folder}: has no golden file, so it cannot prove itself: export it again")
+    cases, expected, greedy = golden.load(folder / manifest.proof.golden)
+    return prove(decoder, manifest.dtype, cases, expected, greedy, progress)

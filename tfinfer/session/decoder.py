@@ -1,0 +1,197 @@
+"""One decoder graph over a cache of slots: ids in, logits out. Knows neither tokens' meaning, nor sampling, nor text.
+
+A prompt is prefilled alone into its slot, a row of the buffers by pointer; a step runs all given slots together, each
+at its own length. The cache is bound as past and as present, so nothing of it is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError
+from tfinfer.manifest import Manifest
+from tfinfer.session.cache import Cache
+from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
+from tfinfer.session.ort import onnxruntime, version
+from tfinfer.session.providers import open_session
+from tfinfer.session.threads import thread_count
+
+Logits = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+# A long prompt goes through in pieces of this many tokens, which bounds the memory of its activations.
+PREFILL_CHUNK = 512
+
+
+class Decoder:
+    """A decoder's graph, opened on one device.
+
+    Several threads may use one Decoder at once, each with a cache of its own: the session keeps no state of a call.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        check_runtime(manifest)
+        self.manifest = manifest
+        opened = open_session(folder / manifest.graphs["decoder"].file, device=device, threads=thread_count(threads))
+        self.device, self.threads, self.reason = opened.device, opened.threads, opened.reason
+        self._session: Any = opened.session
+        self._check_signature()
+        self.memory: HostMemory | CudaMemory = CudaMemory() if self.device == "cuda" else HostMemory()
+
+    def _check_signature(self) -> None:
+        """The graph has the inputs and outputs that the manifest says."""
+        roles, cache = self.manifest.roles, self.manifest.cache
+        found = {value.name for value in (*self._session.get_inputs(), *self._session.get_overridable_initializers())}
+        wanted = {roles.input_ids, roles.attention_mask, roles.position_ids, roles.logits_to_keep, *(e.past for e in cache)} - {None}
+        found_out, wanted_out = {v.name for v in self._session.get_outputs()}, {roles.logits, *(e.present for e in cache)}
+        if found != wanted or found_out != wanted_out:
+            odd = sorted((found ^ wanted) | (found_out ^ wanted_out))  # type: ignore[operator, arg-type]
+            raise IncompatibleModelError(f"the graph and the manifest disagree on {', '.join(map(str, odd[:8]))}")
+
+    def close(self) -> None:
+        """Let the graph go; calls after this raise ClosedError."""
+        self._session = None
+
+    def open_cache(self, slots: int = 1, capacity: int = 256) -> Cache:
+        """An empty cache of `slots` sequences of up to `capacity` positions; it grows when a slot needs more."""
+        longest = self.manifest.max_length
+        return Cache(self.manifest.cache, self.memory, slots, min(capacity, longest), longest)
+
+    def check_ids(self, ids: Sequence[int] | Ids) -> Ids:
+        """(n,) int64. Raises InputError for no ids, ids that are no whole numbers, or ids outside the vocabulary."""
+        array = np.asarray(ids)
+        if array.ndim != 1 or array.size == 0:
+            raise InputError(f"expected a row of at least one id, got shape {array.shape}")
+        if array.dtype.kind not in "iu":
+            raise InputError(f"expected ids that are whole numbers, got {array.dtype}")
+        wrong = array[(array < 0) | (array >= self.manifest.vocab_size)]
+        if wrong.size:
+            raise InputError(f"ids must be from 0 to {self.manifest.vocab_size - 1}, the model's vocabulary; got {int(wrong[0])}")
+        return np.ascontiguousarray(array, np.int64)
+
+    # -- running ------------------------------------------------------------------------------------------------
+    def prefill(self, cache: Cache, slot: int, ids: Sequence[int] | Ids, *, keep: int = 1) -> Logits:
+        """Append `ids` to a slot; returns the logits of the last `keep` of them, (keep, num_logits).
+
+        Raises InputError for wrong ids and LengthError past the model's longest length; the cache is then as it was.
+        """
+        array = self.check_ids(ids)
+        if not 1 <= keep <= len(array) or (keep > 1 and not self.manifest.all_rows):
+            raise InputError(f"cannot keep {keep} rows of logits of {len(array)} new positions; this model keeps {'1' if not self.manifest.all_rows else 'up to all'}")
+        before = cache.length(slot)
+        if before + len(array) > self.manifest.max_length:
+            raise LengthError(f"{before} + {len(array)} positions are more than the model's longest length, {self.manifest.max_length}")
+        cache.reserve(slot, len(array))
+        pieces = []
+        try:
+            for start in range(0, len(array), PREFILL_CHUNK):
+                piece = array[start : start + PREFILL_CHUNK]
+                wanted = max(1, min(len(piece), keep - (len(array) - start - len(piece))))
+                pieces.append(self._append(cache, slot, piece, wanted))
+        except Exception:
+            cache.rewind(slot, before)
+            raise
+        return np.concatenate(pieces)[-keep:] if len(pieces) > 1 else pieces[0]
+
+    def _append(self, cache: Cache, slot: int, ids: Ids, keep: int) -> Logits:
+        row = cache.row(slot)
+        past, roles = int(cache.lengths[row]), self.manifest.roles
+        binding = self._binding()
+        held = [ids[None], np.ones((1, past + len(ids)), np.int64), np.arange(past, past + len(ids))[None]]
+        for name, array in zip((roles.input_ids, roles.attention_mask, roles.position_ids), held):
+            if name is not None:
+                binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+        if roles.logits_to_keep is not None:
+            value = onnxruntime().OrtValue.ortvalue_from_numpy(np.array([keep], np.int64))
+            binding.bind_ortvalue_input(roles.logits_to_keep, value)
+        logits = np.empty((1, keep, self.manifest.num_logits), np.float32)
+        binding.bind_output(roles.logits, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._bind_cache(binding, cache, row, 1)
+        self._run(binding)
+        cache.lengths[row] += len(ids)
+        return logits[0]
+
+    def step(self, cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids) -> Logits:
+        """Append one id to each of `slots`; returns their logits, (slots, num_logits), valid until the next step.
+
+        ids: (slots,), taken as they are: they come from this model's logits or were checked by the caller.
+        """
+        for slot in slots:
+            cache.reserve(slot, 1)
+        first = cache.arrange(slots)
+        bound = cache.bound
+        if not isinstance(bound, BoundStep) or bound.key != (id(self), cache.generation, first, len(slots)):
+            bound = cache.bound = BoundStep(self, cache, first, len(slots))
+        return bound.run(ids)
+
+    def _binding(self) -> Any:
+        if self._session is None:
+            raise ClosedError("the model was closed: load it again")
+        return self._session.io_binding()
+
+    def _bind_cache(self, binding: Any, cache: Cache, row: int, rows: int) -> None:
+        for entry, pointer in zip(self.manifest.cache, cache.pointers(row)):
+            shape = (rows, entry.num_kv_heads, cache.capacity, entry.head_dim)
+            kind = ELEMENT_TYPES[entry.dtype]
+            binding.bind_input(entry.past, self.device, 0, kind, shape, pointer)
+            binding.bind_output(entry.present, self.device, 0, kind, shape, pointer)
+
+    def _run(self, binding: Any) -> None:
+        session = self._session
+        if session is None:
+            raise ClosedError("the model was closed: load it again")
+        session.run_with_iobinding(binding)
+        if self.device != "cpu":
+            binding.synchronize_outputs()
+
+
+class BoundStep:
+    """The inputs and outputs of a step over `rows` neighbouring rows, bound once and changed in place."""
+
+    def __init__(self, decoder: Decoder, cache: Cache, first: int, rows: int) -> None:
+        self.key = (id(decoder), cache.generation, first, rows)
+        self.decoder, self.roles = decoder, decoder.manifest.roles
+        self.lengths = cache.lengths[first : first + rows]  # a view: the cache's own
+        self.ids = np.zeros((rows, 1), np.int64)
+        self.positions = np.zeros((rows, 1), np.int64)
+        self.mask = np.ones(rows * cache.capacity, np.int64)
+        self.columns = np.arange(cache.capacity)
+        self.logits = np.empty((rows, 1, decoder.manifest.num_logits), np.float32)
+        self.binding = decoder._binding()
+        self._bind_small()
+        self.binding.bind_output(self.roles.logits, "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
+        decoder._bind_cache(self.binding, cache, first, rows)
+
+    def _bind_small(self) -> None:
+        for name, array in ((self.roles.input_ids, self.ids), (self.roles.position_ids, self.positions)):
+            if name is not None:
+                self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+
+    def run(self, ids: Sequence[int] | Ids) -> Logits:
+        self.ids[:, 0] = ids
+        self.positions[:, 0] = self.lengths
+        rows, total = len(self.ids), int(self.lengths.max()) + 1
+        if rows > 1:
+            mask = self.mask[: rows * total].reshape(rows, total)
+            np.less_equal(self.columns[:total], self.lengths[:, None], out=mask)
+        if self.decoder.device != "cpu":  # a device takes its copy of a host input when it is bound, not when it runs
+            self._bind_small()
+        self.binding.bind_input(self.roles.attention_mask, "cpu", 0, np.int64, (rows, total), self.mask.ctypes.data)
+        self.decoder._run(self.binding)
+        self.lengths += 1
+        return self.logits[:, 0]
+
+
+def check_runtime(manifest: Manifest) -> None:
+    """Raises IncompatibleModelError where the installed onnxruntime is older than the graph needs."""
+    wanted = manifest.requires.get("onnxruntime", "0")
+    installed = version()
+    needed = tuple(int(part) for part in wanted.split(".") if part.isdigit())
+    if installed[: len(needed)] < needed:
+        have = ".".join(map(str, installed))
+        raise IncompatibleModelError(f"the graph needs onnxruntime {wanted} or newer, {have} is installed: pip install -U onnxruntime")

@@ -1,0 +1,205 @@
+"""Opens a graph on the device that was asked for, or says why it does not open.
+
+onnxruntime logs a line and computes on the CPU where CUDA does not open; here that is an error, unless the caller said
+`auto`. Knows nothing of what the graph computes, of caches or of tokens. Native code of third parties (custom
+operators) is never loaded: a model folder must not be able to run code.
+"""
+
+import contextlib
+import ctypes
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from tfinfer.errors import (
+    CorruptModelError,
+    IncompatibleModelError,
+    InputError,
+    ProviderError,
+    TfinferError,
+    UnsafeModelError,
+)
+from tfinfer.session.ort import INSTALL_GPU, installed_wheels, onnxruntime, reinstall
+from tfinfer.session.threads import Threads
+
+DEVICES = ("cpu", "cuda", "auto")
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+# What onnxruntime writes when a graph is whole but made for another version of it; its classes do not tell.
+_OTHER_VERSION = (
+    "under development",
+    "Unsupported model IR version",
+    "is not a registered function/op",
+    "No Op registered",
+    "Unrecognized attribute",
+    "has input size",
+    "Could not find an implementation",
+)
+_OUTSIDE = ("escapes model directory", "escapes both", "Absolute path not allowed")
+_DEVICE = ("CUDA", "CUBLAS", "CUDNN", "Failed to allocate memory", "bad_alloc", "plugin EP")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open session, where it computes, and one line that says why there."""
+
+    session: Any
+    device: Literal["cpu", "cuda"]
+    threads: Threads
+    reason: str
+
+
+def open_session(
+    model: str | PathLike[str] | bytes, *, device: str, threads: Threads, device_id: int = 0, tf32: bool = False
+) -> Opened:
+    """Open a graph.
+
+    Args:
+        model: path of the ONNX file, or its bytes where the weights are inside.
+        device: `cpu`; `cuda`, which raises where CUDA does not really open; or `auto`, which then takes the CPU.
+        threads: how many compute on the CPU.
+        device_id: number of the CUDA device.
+        tf32: let CUDA round the inputs of fp32 products to 10 bits: faster, and no longer what PyTorch computes.
+
+    Raises:
+        InputError: no such device.
+        ProviderError: the device does not open.
+        CorruptModelError, IncompatibleModelError, UnsafeModelError: the graph does not open.
+    """
+    if device not in DEVICES:
+        raise InputError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
+    ort = onnxruntime()
+    if device == "cpu":
+        return Opened(_open_cpu(ort, model, threads), "cpu", threads, "cpu: asked for")
+    try:
+        session = _open_cuda(ort, model, threads, {"device_id": device_id, "use_tf32": int(tf32)})
+    except (ProviderError, IncompatibleModelError) as refusal:
+        if device == "cuda":
+            raise
+        reason = f"cpu: {refusal}"
+    else:
+        why = "asked for" if device == "cuda" else "it opened"
+        return Opened(session, "cuda", threads, f"cuda: {why}")
+    return Opened(_open_cpu(ort, model, threads), "cpu", threads, reason)
+
+
+def _open_cpu(ort: ModuleType, model: str | PathLike[str] | bytes, threads: Threads) -> Any:
+    return _open(ort, model, threads, [_CPU], "cpu")
+
+
+def _open_cuda(ort: ModuleType, model: str | PathLike[str] | bytes, threads: Threads, chosen: dict[str, int]) -> Any:
+    notes = _preload(ort)
+    if _CUDA not in listed_providers(ort):
+        raise ProviderError(_closed(f"{_CUDA} is not in this onnxruntime", notes))
+    # Without the strategy the arena doubles itself at each growth.
+    options = {"arena_extend_strategy": "kSameAsRequested", **chosen}
+    try:
+        session = _open(ort, model, threads, [(_CUDA, options), _CPU], "cuda")
+    except ProviderError as refusal:
+        raise ProviderError(_closed(str(refusal), notes)) from refusal
+    if (active := session.get_providers()[0]) != _CUDA:
+        notes += _missing_libraries(Path(str(ort.__file__)).parent / "capi")
+        raise ProviderError(_closed(f"{_CUDA} did not open, onnxruntime fell back to {active}", notes))
+    return session
+
+
+def listed_providers(ort: ModuleType) -> tuple[str, ...]:
+    """The providers that onnxruntime names; whether one opens is another question."""
+    names = list(ort.get_available_providers())
+    if hasattr(ort, "get_ep_devices"):  # providers registered as plug-ins while onnxruntime loads
+        names += [device.ep_name for device in ort.get_ep_devices()]
+    return tuple(dict.fromkeys(names))
+
+
+def _open(
+    ort: ModuleType, model: str | PathLike[str] | bytes, threads: Threads, providers: list[Any], device: str
+) -> Any:
+    try:
+        # Fallback off: it would print to stdout and go on without the provider.
+        return ort.InferenceSession(
+            model if isinstance(model, bytes) else fspath(model),
+            sess_options=_options(ort, threads),
+            providers=providers,
+            enable_fallback=0,
+        )
+    except Exception as cause:  # onnxruntime's classes have no common root
+        name = "the graph" if isinstance(model, bytes) else fspath(model)
+        if (error := _translate(cause, name, device)) is None:
+            raise
+        raise error from cause
+
+
+def _options(ort: ModuleType, threads: Threads) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads.count
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # everything logged as an error is raised as well; 3 would print it a second time
+    options.enable_mem_pattern = False  # keyed by shapes and never evicted: it only grows where lengths vary
+    return options
+
+
+def _translate(cause: Exception, name: str, device: str) -> TfinferError | None:
+    """The error of the tree for what onnxruntime raised; None for what is none of its business."""
+    said, kind = _brief(cause), type(cause).__name__
+    if any(mark in said for mark in _OUTSIDE):
+        return UnsafeModelError(f"{name}: its weights lie outside its folder: {said}")
+    if kind == "NotImplemented" or any(mark in said for mark in _OTHER_VERSION):
+        return IncompatibleModelError(f"{name}: the installed onnxruntime cannot run it on {device}: {said}")
+    if kind == "EPFail" or isinstance(cause, MemoryError) or any(mark in said for mark in _DEVICE):
+        return ProviderError(f"{device} does not open: {said}")
+    if type(cause).__module__.startswith("onnxruntime"):
+        return CorruptModelError(f"{name}: expected a whole ONNX graph: {said}")
+    if isinstance(cause, (RuntimeError, ValueError)):  # how provider options are refused
+        return ProviderError(f"{device} does not open: {said}")
+    return None
+
+
+def _brief(cause: Exception) -> str:
+    """The first line of onnxruntime's message without its code, source file and C++ signature."""
+    line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    line = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    line = re.sub(r"/\S+\.(cc|h|cpp):\d+ .*?\) (?=\S)", "", line)
+    return line.strip()[:300]
+
+
+def _preload(ort: ModuleType) -> list[str]:
+    """Load CUDA and cuDNN from their wheels; returns the complaints, which onnxruntime prints to stdout."""
+    if not hasattr(ort, "preload_dlls"):
+        return []
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            ort.preload_dlls()
+        except Exception as cause:
+            printed.write(f"{cause}\n")
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("Failed")]
+    return lines + [str(warning.message).splitlines()[0] for warning in warned]
+
+
+def _missing_libraries(folder: Path) -> list[str]:
+    """What the loader says about the driver and the provider's library: onnxruntime only logs it."""
+    found = []
+    for name in ("libcuda.so.1", str(folder / "libonnxruntime_providers_cuda.so")):
+        try:
+            ctypes.CDLL(name)
+        except OSError as cause:
+            found.append(str(cause))
+    return found
+
+
+def _closed(what: str, notes: list[str]) -> str:
+    """The whole message: what happened, what was seen, what is installed, what to do."""
+    wheels = installed_wheels()
+    seen = f" ({'; '.join(dict.fromkeys(notes))})" if notes else ""
+    names = ", ".join(f"{name} {number}" for name, number in sorted(wheels.items())) or "no known wheel"
+    if any("gpu" in name for name in wheels) and len(wheels) == 1:
+        mend = f"check the NVIDIA driver (nvidia-smi), then CUDA and cuDNN: {INSTALL_GPU}"
+    else:
+        mend = f"mend: {reinstall(wheels, INSTALL_GPU)}"
+    return f"{what}{seen}; installed: {names}; {mend}"

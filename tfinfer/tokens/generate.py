@@ -1,0 +1,144 @@
+"""The loop from logits to tokens, for one prompt or many of different lengths. Knows ids only: no text, no graph.
+
+Anything with `open_cache`, `prefill` and `step` will do as a decoder, so that the loop is tested without a graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tfinfer.errors import InputError, LengthError
+from tfinfer.tokens.sampling import History, SamplingParams, TokenLogprobs, choose, generators, top_logprobs
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class DecodesIds(Protocol):
+    """What the loop needs of a decoder."""
+
+    def open_cache(self, slots: int, capacity: int) -> Any: ...
+    def prefill(self, cache: Any, slot: int, ids: Sequence[int]) -> npt.NDArray[np.float32]: ...
+    def step(self, cache: Any, slots: Sequence[int], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When generation ends, and what is reported of each token."""
+
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("max_tokens", self.max_tokens, 1), ("logprobs", self.logprobs, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of one prompt; with `finish_reason` it is the last, and `token_id` is None if it ends without one."""
+
+    index: int
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass
+class _Row:
+    """A prompt that is still being continued."""
+
+    index: int
+    slot: int
+    generated: int = 0
+
+
+@dataclass
+class Batch:
+    """Several prompts continued together in one cache; a prompt that ends leaves, the others go on.
+
+    Iterate over `tokens()`; `finish(index)` ends a prompt from outside (a stop string), `cancel` ends them all.
+    """
+
+    decoder: DecodesIds
+    cache: Any
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    limits: Limits
+    vocab_size: int
+    cancel: threading.Event | None = None
+    _ended: set[int] = field(default_factory=set)
+
+    def finish(self, index: int) -> None:
+        """End a prompt before its next token."""
+        self._ended.add(index)
+
+    def tokens(self) -> Iterator[Token]:
+        """The tokens of all prompts in the order in which they are made."""
+        rows: list[_Row] = []
+        try:
+            history = History(self.prompts, self.vocab_size, self.params)
+            draws = generators(self.params, len(self.prompts))
+            logits = []
+            for index, prompt in enumerate(self.prompts):
+                rows.append(_Row(index, self.cache.acquire()))
+                logits.append(self.decoder.prefill(self.cache, rows[-1].slot, prompt)[-1])
+            yield from self._continue(rows, np.stack(logits), history, draws)
+        finally:
+            for row in rows:
+                self.cache.release(row.slot)
+
+    def _continue(self, rows: list[_Row], logits: Any, history: History, draws: list[np.random.Generator]) -> Iterator[Token]:
+        while rows:
+            if self.cancel is not None and self.cancel.is_set():
+                yield from (Token(row.index, None, "cancelled") for row in rows)
+                return
+            ids = choose(logits, history, self.params, draws)
+            reported = top_logprobs(logits, ids, self.limits.logprobs) if self.limits.logprobs else None
+            history.add(ids)
+            kept = []
+            for place, (row, token_id) in enumerate(zip(list(rows), ids.tolist())):
+                token = self._token(row, token_id, reported[place] if reported else None)
+                yield token
+                if token.finish_reason is None and row.index not in self._ended:
+                    kept.append(place)
+            ids, draws = self._keep(rows, kept, ids, history, draws)
+            if rows:
+                logits = self.decoder.step(self.cache, [row.slot for row in rows], ids)
+
+    def _keep(self, rows: list[_Row], kept: list[int], ids: Any, history: History, draws: Any) -> Any:
+        """Let the rows that ended go."""
+        if len(kept) == len(rows):
+            return ids, draws
+        for place in range(len(rows) - 1, -1, -1):
+            if place not in kept:
+                self.cache.release(rows.pop(place).slot)
+        history.keep(kept)
+        return ids[kept], [draws[place] for place in kept]
+
+    def _token(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Token:
+        if token_id in self.limits.stop_ids:
+            return Token(row.index, None, "stop")
+        row.generated += 1
+        reason: FinishReason | None = "length" if row.generated >= self.limits.max_tokens else None
+        return Token(row.index, token_id, reason, logprobs)
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, max_length: int) -> int:
+    """The longest sequence of a request. Raises LengthError where it passes `max_length`."""
+    longest = max(len(prompt) for prompt in prompts)
+    if longest > max_length:
+        raise LengthError(f"a prompt of {longest} tokens is longer than the model's longest length, {max_length}: shorten it")
+    if longest + max_tokens > max_length:
+        raise LengthError(
+            f"a prompt of {longest} tokens and max_tokens={max_tokens} would pass the model's longest length, {max_length}: "
+            f"max_tokens may be at most {max_length - longest}"
+        )
+    return longest + max_tokens
