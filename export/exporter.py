@@ -162,7 +162,7 @@ class _Export:
             try:
                 return [self._verdict(manifest, folder, NAMES[self.dtype], *what, device=device)], ""
             except TfinferError as error:
-                reasons.append(f"{device}: {str(error).splitlines()[0]}")
+                reasons.append(f"{device}: {str(error).splitlines()[0].replace(f'{folder}{os.sep}', '')}")
         return [], f"proved in float32; not run as {NAMES[self.dtype]}, because no device here runs it ({'; '.join(reasons)})"
 
     # -- the folder ---------------------------------------------------------------------------------------------

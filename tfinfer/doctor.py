@@ -83,13 +83,16 @@ def examine(root: Path = Path("/")) -> Report:
         ort, broken = None, str(cause)
     providers = listed_providers(ort) if ort else ()
     devices = tuple(_device(name, providers, broken) for name in _NAMES)
-    problems = [broken, wheel_problem(wheels) if wheels else None, _too_old(wheels) if ort else None]
+    packages = {name: _version_of(name) for name in _BASE}
+    problems: list[str | None] = []
+    problems += [f"{name} is not installed: pip install {name}" for name, number in packages.items() if number is None]
+    problems += [broken, wheel_problem(wheels) if wheels else None, _too_old(wheels) if ort else None]
     problems += [_device_problem(device, wheels, root) for device in devices if ort]
     return Report(
         tfinfer=__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        packages={name: _version_of(name) for name in _BASE},
+        packages=packages,
         optional={name: _is_there(name) for name in _OPTIONAL},
         onnxruntime=str(ort.__version__) if ort else None,
         wheels=wheels,
@@ -119,7 +122,9 @@ def _device(name: str, providers: tuple[str, ...], broken: str | None) -> Device
 def _device_problem(device: Device, wheels: dict[str, str], root: Path) -> str | None:
     if device.opens:
         return None
-    if device.name == "cpu" or device.listed:
+    if device.name == "cpu":
+        return f"cpu does not compute: {device.detail}: {reinstall(wheels)}"
+    if device.listed:
         return f"{device.name} is in this onnxruntime but does not open: {device.detail}"
     if (root / "proc/driver/nvidia/version").exists():
         return f"an NVIDIA driver is loaded, but this onnxruntime cannot use it: {reinstall(wheels, INSTALL_GPU)}"

@@ -28,5 +28,5 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 def brief(error: BaseException) -> str:
     """Return an error of foreign code as one line: its type and its message."""
     text = " ".join(str(error).split())
-    text = text if len(text) <= 500 else text[:497] + "..."
+    text = text if len(text) <= 300 else text[:297] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

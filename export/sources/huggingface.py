@@ -4,6 +4,8 @@ No architecture is named here, no code of the folder is run, nothing is fetched.
 """
 
 import contextlib
+import pickle
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from tfinfer.errors import MissingDependencyError, SourceError
 
 from .files import brief, read_json
 from .text import SPECIAL_NAMES, TextSide, assemble, read_text_side
-from .weights import describe_differences, shards_of
+from .weights import describe_differences, explain_refusal, shards_of
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -68,6 +70,14 @@ def load_checkpoint(folder: Path, tokenizer: Path | None = None) -> Checkpoint:
         max_length=_longest(config),
         transformers_version=str(transformers.__version__),
     )
+
+
+def from_ids_alone(module: nn.Module) -> nn.Module:
+    """Return a live model of transformers as a function of the ids, any other module as it is."""
+    transformers = sys.modules.get("transformers")  # where it was never imported, nothing can be of it
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return module
+    return CausalLM(module).train(module.training)
 
 
 def _import_transformers() -> Any:
@@ -137,9 +147,12 @@ def _load_model(transformers: Any, folder: Path, config: Any) -> nn.Module:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed below, with all else that does not fit
         )
+    except pickle.UnpicklingError as error:
+        raise SourceError(f"{folder}: the file of weights {explain_refusal(error)}") from error
     except Exception as error:  # broken weights and unknown models surface as many kinds
         raise SourceError(
-            f"{folder}: transformers {transformers.__version__} finds no causal language model in it: {brief(error)}"
+            f"{folder}: transformers {transformers.__version__} cannot load it as a causal language model: "
+            f"{brief(error)}"
         ) from error
     problem = describe_differences(info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     if problem:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tfinfer.errors import SourceError
 
-from .huggingface import load_checkpoint
+from .huggingface import from_ids_alone, load_checkpoint
 from .python import FORMS, build_module
 from .text import TextSide, read_text_side
 from .weights import load_weights
@@ -119,7 +119,7 @@ def _versions() -> dict[str, str]:
 def _what_it_is(reference: str) -> str:
     path = Path(reference)
     if not reference or not path.exists():
-        return "there is no such folder"
+        return "there is no such file or folder"
     return f"name the factory too: {path.name}:build" if path.suffix == ".py" else "it is a file"
 
 
@@ -130,7 +130,7 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 def _in_float32(module: nn.Module, *, owned: bool) -> nn.Module:
     """Return the module in evaluation mode, float32 and on the CPU; one that is not ours is not changed."""
-    module = _uncompiled(module)
+    module = from_ids_alone(_uncompiled(module))
     tensors = list(itertools.chain(module.parameters(), module.buffers()))
     if any(tensor.is_meta for tensor in tensors):
         raise SourceError(f"{type(module).__name__}: expected parameters with values; some are on the meta device")

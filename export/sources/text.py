@@ -65,7 +65,7 @@ def assemble(content: bytes | None, folder: Path, name: str, defaults: dict[str,
 
 def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json's content."""
-    return _guard(lambda: Tokenizer.from_str(content.decode()), f"{name}: expected a tokenizer.json")
+    return _guard(lambda: Tokenizer.from_str(content.decode()), f"{name}: expected the content of a tokenizer.json")
 
 
 def _guard(parse: Callable[[], Tokenizer], expectation: str) -> Tokenizer:

@@ -4,6 +4,8 @@ A file is what its content says, not its name. Nothing in a file is ever run. Kn
 """
 
 import pickle
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,15 +147,22 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what it cannot read is an error
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise SourceError(
-            f"{path}: holds something else than tensors, none of which was run, or is broken; "
-            f"save module.state_dict() alone, better as safetensors: {brief(error)}"
-        ) from error
+        raise SourceError(f"{path}: {explain_refusal(error)}") from error
     except Exception as error:  # a broken archive surfaces as several kinds
         raise SourceError(f"{path}: broken or truncated: {brief(error)}") from error
     return _state_dict(content, path)
+
+
+def explain_refusal(error: pickle.UnpicklingError) -> str:
+    """Return why a pickle was not read; torch's own text goes on to advise running it."""
+    blocked = re.search(r"GLOBAL (\S+)", str(error))
+    unknown = "is broken, of another pickle protocol than 2, or holds something else than tensors"
+    what = f"holds {blocked[1]} besides tensors" if blocked else unknown
+    return f"{what}; nothing of it was run; save module.state_dict() alone, better as safetensors"
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ def save(path: Path, cases: Sequence[Case], expected: Sequence[Vectors], greedy:
     arrays: dict[str, npt.NDArray[Any]] = {"greedy_prompt": greedy[0], "greedy_tokens": greedy[1]}
     described = []
     for number, (case, vectors) in enumerate(zip(cases, expected)):
-        rows = _last_rows(case.rows, room)
+        rows = _last_rows([row for row in case.rows if row in vectors], room)
         arrays[f"logits_{number}"] = np.stack([vectors[row] for row in rows])
         for i, sequence in enumerate(case.sequences):
             arrays[f"sequence_{number}_{i}"] = sequence

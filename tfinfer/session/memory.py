@@ -220,4 +220,5 @@ def _widen(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 
 
 def _check_range(buffer: Buffer, offset: int, nbytes: int) -> None:
-    assert 0 <= offset and 0 <= nbytes and offset + nbytes <= buffer.nbytes, (offset, nbytes, buffer)
+    assert min(offset, nbytes) >= 0, (offset, nbytes)
+    assert offset + nbytes <= buffer.nbytes, (offset, nbytes, buffer)

@@ -76,9 +76,10 @@ def reinstall(wheels: Mapping[str, str], install: str = f"{INSTALL_CPU} (or {INS
 
 def _missing(cause: BaseException | None) -> MissingDependencyError:
     wheels = installed_wheels()
-    if not wheels:
+    absent = cause is None or (isinstance(cause, ModuleNotFoundError) and cause.name == "onnxruntime")
+    if absent and not wheels:
         return MissingDependencyError(f"onnxruntime is not installed: {INSTALL_CPU} or {INSTALL_GPU}")
-    names = ", ".join(f"{name} {number}" for name, number in sorted(wheels.items()))
+    names = ", ".join(f"{name} {number}" for name, number in sorted(wheels.items())) or "by no known wheel"
     lines = str(cause).strip().splitlines() if cause is not None else ["the module has no InferenceSession"]
     said = lines[0] if lines else type(cause).__name__
     return MissingDependencyError(f"onnxruntime is installed ({names}) but broken: {said}; mend: {reinstall(wheels)}")

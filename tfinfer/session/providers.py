@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import io
 import re
+import sys
+import textwrap
 import warnings
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -38,10 +40,10 @@ _OTHER_VERSION = (
     "No Op registered",
     "Unrecognized attribute",
     "has input size",
-    "Could not find an implementation",
 )
-_OUTSIDE = ("escapes model directory", "escapes both", "Absolute path not allowed")
-_DEVICE = ("CUDA", "CUBLAS", "CUDNN", "Failed to allocate memory", "bad_alloc", "plugin EP")
+_OUTSIDE = ("escapes", "Absolute path not allowed")
+_NO_MEMORY = ("Failed to allocate memory", "bad_alloc")
+_NO_CUDA = ("CUDA", "CUBLAS", "CUDNN", "plugin EP")
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def _options(ort: ModuleType, threads: Threads) -> Any:
     options.intra_op_num_threads = threads.count
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # everything logged as an error is raised as well; 3 would print it a second time
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # not what the file's name ends in
     options.enable_mem_pattern = False  # keyed by shapes and never evicted: it only grows where lengths vary
     return options
 
@@ -146,15 +149,23 @@ def _options(ort: ModuleType, threads: Threads) -> Any:
 def _translate(cause: Exception, name: str, device: str) -> TfinferError | None:
     """The error of the tree for what onnxruntime raised; None for what is none of its business."""
     said, kind = _brief(cause), type(cause).__name__
-    if any(mark in said for mark in _OUTSIDE):
+
+    def has(marks: tuple[str, ...]) -> bool:
+        return any(mark in said.replace(name, "") for mark in marks)  # a folder may be called CUDA
+
+    if kind == "NotImplemented":
+        mend = "open it on another device or export it in another dtype"
+        return IncompatibleModelError(f"{name}: onnxruntime has no kernel for it on {device}: {said}; {mend}")
+    if has(_OTHER_VERSION):
+        wheels = " ".join(sorted(installed_wheels())) or "onnxruntime"
+        return IncompatibleModelError(f"{name}: needs another onnxruntime: {said}; update it: pip install -U {wheels}")
+    if has(("External data",)) and has(_OUTSIDE):
         return UnsafeModelError(f"{name}: its weights lie outside its folder: {said}")
-    if kind == "NotImplemented" or any(mark in said for mark in _OTHER_VERSION):
-        return IncompatibleModelError(f"{name}: the installed onnxruntime cannot run it on {device}: {said}")
-    if kind == "EPFail" or isinstance(cause, MemoryError) or any(mark in said for mark in _DEVICE):
+    if kind == "EPFail" or isinstance(cause, MemoryError) or has(_NO_MEMORY) or (device == "cuda" and has(_NO_CUDA)):
         return ProviderError(f"{device} does not open: {said}")
     if type(cause).__module__.startswith("onnxruntime"):
         return CorruptModelError(f"{name}: expected a whole ONNX graph: {said}")
-    if isinstance(cause, (RuntimeError, ValueError)):  # how provider options are refused
+    if isinstance(cause, (RuntimeError, ValueError)):  # how providers and their options are refused
         return ProviderError(f"{device} does not open: {said}")
     return None
 
@@ -162,9 +173,9 @@ def _translate(cause: Exception, name: str, device: str) -> TfinferError | None:
 def _brief(cause: Exception) -> str:
     """The first line of onnxruntime's message without its code, source file and C++ signature."""
     line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    line = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+    line = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", line)
     line = re.sub(r"/\S+\.(cc|h|cpp):\d+ .*?\) (?=\S)", "", line)
-    return line.strip()[:300]
+    return textwrap.shorten(line, 240, placeholder=" ...")
 
 
 def _preload(ort: ModuleType) -> list[str]:
@@ -184,7 +195,9 @@ def _preload(ort: ModuleType) -> list[str]:
 
 def _missing_libraries(folder: Path) -> list[str]:
     """What the loader says about the driver and the provider's library: onnxruntime only logs it."""
-    found = []
+    found: list[str] = []
+    if not sys.platform.startswith("linux"):
+        return found
     for name in ("libcuda.so.1", str(folder / "libonnxruntime_providers_cuda.so")):
         try:
             ctypes.CDLL(name)
@@ -201,5 +214,5 @@ def _closed(what: str, notes: list[str]) -> str:
     if any("gpu" in name for name in wheels) and len(wheels) == 1:
         mend = f"check the NVIDIA driver (nvidia-smi), then CUDA and cuDNN: {INSTALL_GPU}"
     else:
-        mend = f"mend: {reinstall(wheels, INSTALL_GPU)}"
+        mend = f"for CUDA: {reinstall(wheels, INSTALL_GPU)}"
     return f"{what}{seen}; installed: {names}; {mend}"
