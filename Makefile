@@ -1,0 +1,57 @@
+# Every command of the project. `make demo` and `make test` need nothing but Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Tiny modules gain nothing from threads that spin beside each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup demo test lint check-runtime test-slow cuda bench clean
+
+setup: $(VENV)/.done
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable '.[cpu,export,hf,test]'
+	touch $@
+
+demo: setup
+	$(BIN)/tfinfer export tests/zoo/python_writer.py:build --weights tests/zoo/python_writer/model.safetensors \
+		--tokenizer tests/zoo/python_writer/tokenizer.json -o out/demo --overwrite
+	$(BIN)/python -X importtime -m tfinfer generate out/demo "def main(" --max-tokens 96 --temperature 0.6 --top-p 0.95 --seed 1 --stats \
+		2> out/demo.imports; $(BIN)/python tests/no_torch.py out/demo.imports
+	$(BIN)/tfinfer verify out/demo
+
+test: setup lint
+	$(PYTEST) -m "not slow and not cuda"
+	$(MAKE) check-runtime
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The wheel holds every file, and its runtime works where torch was never installed.
+check-runtime: setup
+	rm -rf build dist .venv-runtime && mkdir -p dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python tests/wheel_is_whole.py dist
+	$(PYTHON) -m venv .venv-runtime
+	.venv-runtime/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"$$(ls dist/*.whl)[cpu]" pytest hypothesis
+	OMP_NUM_THREADS=1 .venv-runtime/bin/python -m pytest tests/runtime
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+# Parity and a benchmark on a machine with a CUDA device; there, `pip install 'tfinfer[gpu,export]'` first.
+cuda:
+	$(PYTHON) -m pytest -m cuda -rs tests
+	$(PYTHON) benchmarks/decode.py --device cuda
+
+bench: setup
+	$(INSTALL) --editable '.[bench]'
+	$(BIN)/python benchmarks/decode.py
+
+clean:
+	rm -rf $(VENV) .venv-runtime build dist out *.egg-info

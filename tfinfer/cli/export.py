@@ -1,0 +1,112 @@
+"""`tfinfer export`: a module into a folder. The one command that needs torch, which it imports when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tfinfer.cli import options
+from tfinfer.cli.console import Status, duration, many, say, say_json, size
+from tfinfer.errors import InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from tfinfer.export import ExportReport
+
+KINDS = ("auto", "encoder", "decoder", "encoder-decoder")
+NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
+
+
+@click.command("export")
+@click.argument("source")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The folder to make.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), metavar="FILE", help="safetensors, or a state dict of torch.save."
+)
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json to take along.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of weights and cache.",
+)
+@click.option(
+    "--flavor",
+    type=click.Choice(["ort", "standard"]),
+    default="ort",
+    show_default=True,
+    help="standard: ONNX's own operators only.",
+)
+@click.option("--max-length", type=int, metavar="N", help="Longest sequence; default: the model's own, at most 4096.")
+@click.option("--kind", type=click.Choice(KINDS), default="auto", show_default=True, help="What the module is.")
+@click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier export made.")
+@click.option("-v", "--verbose", is_flag=True, help="A line on stderr for each stage.")
+@options.common
+def command(source: str, out: Path, kind: str, overwrite: bool, verbose: bool, as_json: bool, **given: Any) -> None:
+    """Turn a PyTorch decoder into a folder that generates without torch.
+
+    SOURCE is file.py:factory or package.module:factory, where the factory takes no arguments and returns the module; or
+    a folder with a Hugging Face checkpoint of a causal language model. Its code is run. The result is proved against
+    the module before anything is written.
+    """
+    if kind not in ("auto", "decoder"):
+        raise InputError(f"this version exports decoders; it cannot export a module as {kind}")
+    with Status(verbose) as status, contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+        status("import torch")
+        with _needing_torch():
+            from tfinfer.export import export_model
+            from tfinfer.export.exporter import check_max_length
+            from tfinfer.export.folder import check_target
+            from tfinfer.export.sources import load_source
+        check_max_length(given["max_length"])
+        check_target(out, overwrite)
+        status("read the source")
+        module = load_source(source, weights=given.pop("weights"), tokenizer=given.pop("tokenizer"))
+        report = export_model(module, out, kind=kind, overwrite=overwrite, progress=status, **given)
+    if as_json:
+        say_json(report.to_dict())
+    else:
+        for line in _lines(report):
+            say(line)
+
+
+@contextlib.contextmanager
+def _needing_torch() -> Iterator[None]:
+    """Name the extra where a package of the exporter is missing or does not load."""
+    try:
+        yield
+    except MissingDependencyError:
+        raise
+    except (ImportError, OSError) as error:  # OSError: a native library does not load
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and name in NEEDED:
+            raise MissingDependencyError(f"exporting needs {name}: pip install 'tfinfer[export]'") from error
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MissingDependencyError(
+            f"what exporting needs does not load: {said}; mend: pip install 'tfinfer[export]'"
+        ) from error
+
+
+def _lines(report: ExportReport) -> Iterator[str]:
+    """What a user wants to know when it is done."""
+    manifest = report.manifest
+    whole = size(sum(file.bytes for file in manifest.files.values()))
+    width = f"{manifest.dtype}, up to {manifest.max_length} tokens"
+    yield f"{report.folder}: {whole}, {width}, made in {duration(sum(report.seconds.values()))}"
+    for verdict in report.verdicts:
+        worst = max(verdict.cases, key=lambda case: case.excess)
+        greedy = f"{verdict.greedy.identical} of {verdict.greedy.compared} greedy tokens are PyTorch's"
+        yield (
+            f"proved on {verdict.device} in {verdict.dtype}: {many(len(verdict.cases), 'case')}, "
+            f"{worst.measure} {worst.worst:.1e} at most; {greedy}"
+        )
+    for note in report.notes:
+        yield f"note: {note}"
+    prompt = '"..."' if manifest.text.tokenizer else "--ids 1,2,3"
+    yield f"next: tfinfer generate {shlex.quote(str(report.folder))} {prompt}"

@@ -1,0 +1,186 @@
+"""`tfinfer generate`: continue a prompt, printing text as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tfinfer.cli import options
+from tfinfer.cli.console import duration, many, remark, say, say_json
+from tfinfer.errors import InputError
+
+if TYPE_CHECKING:
+    from tfinfer.completion import Completion, Timings, Usage
+    from tfinfer.model import Model
+    from tfinfer.tokens.sampling import TokenLogprobs
+
+MAX_TOKENS = 128
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+
+
+@click.command("generate")
+@options.folder
+@click.argument("prompt", required=False)
+@click.option("--ids", type=options.IdList(), metavar="1,2,3", help="Ids instead of a text.")
+@click.option("--max-tokens", type=int, metavar="N", help=f"Most tokens to make; default {MAX_TOKENS}, or what fits.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, help="Only the K most likely; 0 is off.")
+@click.option("--top-p", type=float, default=1.0, help="Only the most likely up to this sum; 1 is off.")
+@click.option("--min-p", type=float, default=0.0, help="Only those above this part of the most likely; 0 is off.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="On what was in prompt or text; 1 is off.")
+@click.option("--presence-penalty", type=float, default=0.0, help="On what was generated; 0 is off.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="On what was generated, each time; 0 is off.")
+@click.option("--logit-bias", type=options.Bias(), multiple=True, metavar="ID=BIAS", help="Add to a logit; repeatable.")
+@click.option("--seed", type=int, help="Same seed, same tokens.")
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help=r"End before this text; repeatable; \n, \t, \r, \\ are understood."
+)
+@click.option(
+    "--stop-ids", type=options.IdList(), metavar="1,2", help='Ids that end it; default the model\'s own, "" for none.'
+)
+@click.option(
+    "--logprobs", type=int, default=0, metavar="N", help="Log-probabilities of each token and of the N likeliest."
+)
+@click.option("--chat", is_flag=True, help="The prompt is a message for the folder's chat template.")
+@click.option("--system", metavar="TEXT", help="The system message of --chat.")
+@click.option("--stats", is_flag=True, help="Timings and tokens/s, to stderr.")
+@options.compute
+@options.common
+def command(folder: Path, prompt: str | None, device: str, threads: int | None, **given: Any) -> None:
+    """Continue a prompt.
+
+    PROMPT is a text, or - to read it from stdin as it is. A folder without a tokenizer takes --ids and prints ids.
+    """
+    from tfinfer.model import load
+
+    asked = _prompt(prompt, given["ids"], given["chat"], given["system"])
+    started = time.perf_counter()
+    with load(folder, device=device, threads=threads) as model:
+        seconds = time.perf_counter() - started
+        if device == "auto" and not given["as_json"]:
+            remark(model.reason)
+        settings = _settings(model, asked, given)
+        if given["as_json"]:
+            completion = model.generate(asked, **settings)
+            say_json({**completion.to_dict(), "model": _about(model, folder, seconds)})
+        else:
+            completion = _print_stream(model, asked, settings)
+            for entry in completion.logprobs or ():
+                remark(_logprobs_line(model, entry))
+        if given["stats"]:
+            remark(_stats_line(model, seconds, completion.usage, completion.timings, completion.finish_reason))
+
+
+def _prompt(prompt: str | None, ids: list[int] | None, chat: bool, system: str | None) -> Any:
+    """The text, ids or messages that were asked for."""
+    if (prompt is None) == (ids is None):
+        raise click.UsageError("expected either a PROMPT (- reads it from stdin) or --ids 1,2,3")
+    if system is not None and not chat:
+        raise click.UsageError("--system is for --chat")
+    if ids is not None:
+        if chat:
+            raise click.UsageError("--chat takes a text, not --ids")
+        return ids
+    if prompt == "-":
+        try:
+            prompt = click.get_text_stream("stdin", encoding="utf-8").read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin: expected a text in UTF-8: {error}") from error
+    if not chat:
+        return prompt
+    head = [{"role": "system", "content": system}] if system is not None else []
+    return [*head, {"role": "user", "content": prompt}]
+
+
+def _settings(model: Model, asked: Any, given: dict[str, Any]) -> Any:
+    """The keyword arguments of `Model.generate`."""
+    most = given["max_tokens"]
+    if most is None:
+        most = max(1, min(MAX_TOKENS, model.manifest.max_length - _count(model, asked)))
+    return {name: given[name] for name in SAMPLING} | {
+        "max_tokens": most,
+        "logit_bias": dict(given["logit_bias"]) or None,
+        "stop": [options.unescape(text) for text in given["stop"]] or None,
+        "stop_ids": given["stop_ids"],
+        "logprobs": given["logprobs"],
+    }
+
+
+def _count(model: Model, asked: Any) -> int:
+    """How many tokens a prompt has."""
+    if isinstance(asked, str):
+        return len(model.encode(asked))
+    if asked and isinstance(asked[0], dict):
+        text = model.render_chat(asked)
+        return len(model.tokenizer.encode(text, add_special_tokens=False)) if model.tokenizer else 0
+    return len(asked)
+
+
+def _print_stream(model: Model, asked: Any, settings: Any) -> Completion:
+    """Print the tokens as they come; returns them as one completion."""
+    from tfinfer.completion import Completion
+
+    chunks = []
+    for chunk in model.stream(asked, **settings):
+        ids = "".join(f"{i} " for i in chunk.token_ids)
+        if piece := ids if chunk.text is None else chunk.text:
+            say(piece, newline=False)
+        chunks.append(chunk)
+    say()
+    last = chunks[-1]
+    assert last.finish_reason
+    assert last.usage
+    assert last.timings
+    return Completion(
+        text="".join(chunk.text or "" for chunk in chunks) if last.text is not None else None,
+        token_ids=tuple(i for chunk in chunks for i in chunk.token_ids),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        timings=last.timings,
+        logprobs=tuple(chunk.logprobs for chunk in chunks if chunk.logprobs) or None,
+    )
+
+
+def _about(model: Model, folder: Path, seconds: float) -> dict[str, Any]:
+    manifest = model.manifest
+    return {
+        "folder": str(folder),
+        "reference": manifest.source.reference,
+        "kind": manifest.kind,
+        "dtype": manifest.dtype,
+        "max_length": manifest.max_length,
+        "device": model.device,
+        "reason": model.reason,
+        "threads": dataclasses.asdict(model.threads),
+        "load_seconds": seconds,
+    }
+
+
+def _logprobs_line(model: Model, entry: TokenLogprobs) -> str:
+    def name(token: int) -> str:
+        return f"{token} {model.tokenizer.decode([token])!r}" if model.tokenizer else str(token)
+
+    top = ", ".join(f"{name(token)} {logprob:.3f}" for token, logprob in entry.top)
+    return f"{name(entry.token_id)}: {entry.logprob:.3f} (likeliest: {top})"
+
+
+def _stats_line(model: Model, load: float, usage: Usage, timings: Timings, reason: str) -> str:
+    later, threads = usage.completion_tokens - 1, many(model.threads.count, "thread")
+    speed = f", {later / timings.decode_seconds:.1f} tokens/s after it" if later > 0 and timings.decode_seconds else ""
+    return (
+        f"{many(usage.prompt_tokens, 'token')} in, {many(usage.completion_tokens, 'token')} out ({reason}); "
+        f"load {duration(load)}, first token {duration(timings.first_token_seconds)}{speed}; {model.device}, {threads}"
+    )

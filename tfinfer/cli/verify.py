@@ -1,0 +1,52 @@
+"""`tfinfer verify`: a folder proves itself, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from tfinfer.cli import options
+from tfinfer.cli.console import Status, many, remark, say, say_json
+
+FAILED = 4
+
+
+@click.command("verify")
+@options.folder
+@options.compute
+@options.common
+@click.pass_context
+def command(ctx: click.Context, folder: Path, device: str, threads: int | None, as_json: bool) -> None:
+    """Let a folder prove itself against its golden file.
+
+    The cases of its proof run again here; what PyTorch computed for them is in the folder. Exits 4 when one fails.
+    """
+    from tfinfer.integrity import check_files
+    from tfinfer.manifest import load_manifest
+    from tfinfer.proof.prove import verify_folder
+    from tfinfer.session.decoder import Decoder
+
+    with Status() as status:
+        status("check the files")
+        manifest = load_manifest(folder)
+        check_files(folder, manifest)
+        status("open the graph")
+        decoder = Decoder(manifest, folder, device=device, threads=threads)
+        try:
+            verdict = verify_folder(decoder, folder, status)
+        finally:
+            decoder.close()
+    if as_json:
+        about = {"passed": verdict.passed, "reason": decoder.reason, "threads": dataclasses.asdict(decoder.threads)}
+        say_json({"folder": str(folder), **about, **dataclasses.asdict(verdict)})
+    else:
+        for line in verdict.lines():
+            say(line)
+        if device == "auto":
+            remark(decoder.reason)
+        where = f"{verdict.device}, {verdict.dtype}, {many(decoder.threads.count, 'thread')}"
+        say(f"{folder}: {'proved' if verdict.passed else 'FAILED'} ({where})")
+    if not verdict.passed:
+        ctx.exit(FAILED)
