@@ -28,12 +28,13 @@ from tfinfer.version import __version__
 
 SCHEMA = 1
 PROMPT_LENGTH, NEW_TOKENS = 128, 64
+LEAST_NEW = 2  # the first one comes from prefill: a step needs a second
 BUSY = 0.5  # load average per processor from which other work is likely to be in the figures
 ENOUGH = {"p50": 1, "p90": 10, "p99": 100}  # samples below which a percentile is only the worst one
 DEFINITIONS = {
-    "open": "from the manifest to a model that can generate: graph, weights, tokenizer; first opening of this process",
+    "open": "from the manifest to a model that can generate: graph, weights and tokenizer; once, in a new process",
     "hash check": "reading every file for its SHA-256; the files are then in the page cache when the graph is opened",
-    "prefill": "all prompts of the batch, one after the other into an empty cache, until the last one's logits are there",
+    "prefill": "all prompts of the batch, one after the other, into an empty cache, until the last logits are there",
     "step": "one new token for every sequence of the batch: Decoder.step, without choosing the token",
     "end to end": "Model.stream with greedy choice, without stop ids, from the call to its last token",
     "first token": "from the call of Model.stream to its first token of the first prompt",
@@ -63,26 +64,23 @@ def plan(
     warmup: int = 1,
 ) -> Workload:
     """The workload that fits; None is a length that may shrink. Raises InputError or LengthError for what was asked."""
-    least = {"prompt_length": 1, "new_tokens": 2, "batch": 1, "repeats": 1, "warmup": 0}
-    asked = {
-        "prompt_length": prompt_length,
-        "new_tokens": new_tokens,
-        "batch": batch,
-        "repeats": repeats,
-        "warmup": warmup,
-    }
-    for name, value in asked.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least[name]):
-            raise InputError(f"{name}: expected a whole number of at least {least[name]}, got {value!r}")
+    for name, value, least in (
+        ("prompt_length", prompt_length, 1),
+        ("new_tokens", new_tokens, LEAST_NEW),
+        ("batch", batch, 1),
+        ("repeats", repeats, 1),
+        ("warmup", warmup, 0),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
     if new_tokens is None:
         room = max_length - (prompt_length or min(PROMPT_LENGTH, 2 * max_length // 3))
-        new_tokens = max(least["new_tokens"], min(NEW_TOKENS, room))
+        new_tokens = max(LEAST_NEW, min(NEW_TOKENS, room))
     if prompt_length is None:
         prompt_length = max(1, min(PROMPT_LENGTH, max_length - new_tokens))
     if prompt_length + new_tokens > max_length:
-        raise LengthError(
-            f"a prompt of {prompt_length} tokens and {new_tokens} new ones pass the model's longest length, {max_length}"
-        )
+        both = f"a prompt of {prompt_length} tokens and {new_tokens} new ones"
+        raise LengthError(f"{both} would pass the model's longest length, {max_length}")
     return Workload(prompt_length, new_tokens, batch, repeats, warmup)
 
 
@@ -116,23 +114,9 @@ def run(
         "schema": SCHEMA,
         "workload": asdict(work),
         "load": {"import_seconds": import_seconds, "hash_check_seconds": check, "open_seconds": opened},
-        "prefill": {
-            "tokens_per_second": prompts.size * len(prefill) / sum(prefill),
-            "seconds": summary(prefill),
-            "samples": prefill,
-        },
-        "decode": {
-            "tokens_per_second": work.batch * len(steps) / sum(steps),
-            "steps": len(steps),
-            "step_seconds": summary(steps),
-            "samples": steps,
-        },
-        "end_to_end": {
-            "tokens_per_second": work.batch * work.new_tokens * len(whole) / sum(whole),
-            "seconds": summary(whole),
-            "first_token_seconds": summary(firsts),
-            "samples": whole,
-        },
+        "prefill": _figures(prefill, prompts.size),
+        "decode": _figures(steps, work.batch),
+        "end_to_end": _figures(whole, work.batch * work.new_tokens) | {"first_token_seconds": summary(firsts)},
         "memory": {"rss_after_load": resident, "rss_peak": _status("VmHWM"), "cache_bytes": cache_bytes},
         "environment": environment,
         "definitions": DEFINITIONS,
@@ -140,19 +124,20 @@ def run(
     }
 
 
+def _figures(samples: Sequence[float], tokens: int) -> dict[str, Any]:
+    """What is said of calls that take `tokens` each."""
+    return {"tokens_per_second": tokens * len(samples) / sum(samples), "seconds": summary(samples), "samples": samples}
+
+
 def summary(samples: Sequence[float]) -> dict[str, float | None]:
-    """Percentiles (None where there are too few samples), mean and standard deviation."""
+    """Percentiles (None where there are too few samples), mean, standard deviation and both ends."""
     values = np.asarray(samples)
     found: dict[str, float | None] = {
         name: float(np.percentile(values, int(name[1:]))) if len(values) >= least else None
         for name, least in ENOUGH.items()
     }
-    return found | {
-        "mean": float(values.mean()),
-        "std": float(values.std()),
-        "least": float(values.min()),
-        "most": float(values.max()),
-    }
+    ends = {"min": float(values.min()), "max": float(values.max())}
+    return found | {"mean": float(values.mean()), "std": float(values.std())} | ends
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------

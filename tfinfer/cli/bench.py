@@ -19,9 +19,7 @@ from tfinfer.cli.console import Status, duration, many, remark, say_json, size, 
 @click.option("--prompt-length", type=int, metavar="N", help="Tokens of each prompt; default 128, or what fits.")
 @click.option("--new-tokens", type=int, metavar="N", help="Tokens made after it; default 64, or what fits.")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences decoded together.")
-@click.option(
-    "--repeats", type=int, default=5, show_default=True, metavar="N", help="How often everything is measured."
-)
+@click.option("--repeats", type=int, default=5, show_default=True, metavar="N", help="How often it is measured.")
 @click.option("--warmup", type=int, default=1, show_default=True, metavar="N", help="Rounds before that, not counted.")
 @options.compute
 @options.common
@@ -62,25 +60,21 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     apart = f"import {duration(load['import_seconds'])}, hash check {duration(load['hash_check_seconds'])}"
     yield "load", f"open {duration(load['open_seconds'])}; apart from it: {apart}"
     yield "prefill", _spread(result["prefill"])
-    decode = result["decode"]
-    yield "decode", f"{decode['tokens_per_second']:.1f} tokens/s over {many(decode['steps'], 'step')}"
-    yield "decode", f"step {_percentiles(decode['step_seconds'])}"
+    yield "decode", _spread(result["decode"])
     whole = result["end_to_end"]
     yield "end to end", _spread(whole)
     yield "end to end", f"first token {_percentiles(whole['first_token_seconds'])}"
     memory = result["memory"]
-    resident = [
-        f"{name} {size(memory[key])}"
-        for name, key in (("after load", "rss_after_load"), ("peak", "rss_peak"))
-        if memory[key]
-    ]
+    kinds = (("after load", memory["rss_after_load"]), ("peak", memory["rss_peak"]))
+    resident = [f"{name} {size(count)}" for name, count in kinds if count]
     yield "memory", f"resident {', '.join(resident) or 'unknown here'}; cache {size(memory['cache_bytes'])}"
     yield from (("definitions", f"{name}: {text}") for name, text in result["definitions"].items())
     yield "at", f"{environment['utc']}, {environment['command_line']}"
 
 
 def _spread(figures: dict[str, Any]) -> str:
-    return f"{figures['tokens_per_second']:.1f} tokens/s; {_percentiles(figures['seconds'])}"
+    count = len(figures["samples"])
+    return f"{figures['tokens_per_second']:.1f} tokens/s; {many(count, 'sample')}, {_percentiles(figures['seconds'])}"
 
 
 def _percentiles(found: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from tfinfer.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from tfinfer.export import ExportReport
 
+DTYPES, FLAVORS = ("fp32", "fp16", "bf16"), ("ort", "standard")
 KINDS = ("auto", "encoder", "decoder", "encoder-decoder")
 NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 
@@ -37,11 +38,7 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     help="Of weights and cache.",
 )
 @click.option(
-    "--flavor",
-    type=click.Choice(["ort", "standard"]),
-    default="ort",
-    show_default=True,
-    help="standard: ONNX's own operators only.",
+    "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."
 )
 @click.option("--max-length", type=int, metavar="N", help="Longest sequence; default: the model's own, at most 4096.")
 @click.option("--kind", type=click.Choice(KINDS), default="auto", show_default=True, help="What the module is.")

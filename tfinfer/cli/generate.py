@@ -14,46 +14,16 @@ from tfinfer.cli.console import duration, many, remark, say, say_json
 from tfinfer.errors import InputError
 
 if TYPE_CHECKING:
-    from tfinfer.completion import Completion, Timings, Usage
+    from tfinfer.completion import Chunk
     from tfinfer.model import Model
     from tfinfer.tokens.sampling import TokenLogprobs
-
-MAX_TOKENS = 128
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
 
 
 @click.command("generate")
 @options.folder
 @click.argument("prompt", required=False)
 @click.option("--ids", type=options.IdList(), metavar="1,2,3", help="Ids instead of a text.")
-@click.option("--max-tokens", type=int, metavar="N", help=f"Most tokens to make; default {MAX_TOKENS}, or what fits.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, help="Only the K most likely; 0 is off.")
-@click.option("--top-p", type=float, default=1.0, help="Only the most likely up to this sum; 1 is off.")
-@click.option("--min-p", type=float, default=0.0, help="Only those above this part of the most likely; 0 is off.")
-@click.option("--repetition-penalty", type=float, default=1.0, help="On what was in prompt or text; 1 is off.")
-@click.option("--presence-penalty", type=float, default=0.0, help="On what was generated; 0 is off.")
-@click.option("--frequency-penalty", type=float, default=0.0, help="On what was generated, each time; 0 is off.")
-@click.option("--logit-bias", type=options.Bias(), multiple=True, metavar="ID=BIAS", help="Add to a logit; repeatable.")
-@click.option("--seed", type=int, help="Same seed, same tokens.")
-@click.option(
-    "--stop", multiple=True, metavar="TEXT", help=r"End before this text; repeatable; \n, \t, \r, \\ are understood."
-)
-@click.option(
-    "--stop-ids", type=options.IdList(), metavar="1,2", help='Ids that end it; default the model\'s own, "" for none.'
-)
-@click.option(
-    "--logprobs", type=int, default=0, metavar="N", help="Log-probabilities of each token and of the N likeliest."
-)
+@options.sampling
 @click.option("--chat", is_flag=True, help="The prompt is a message for the folder's chat template.")
 @click.option("--system", metavar="TEXT", help="The system message of --chat.")
 @click.option("--stats", is_flag=True, help="Timings and tokens/s, to stderr.")
@@ -74,14 +44,14 @@ def command(folder: Path, prompt: str | None, device: str, threads: int | None, 
             remark(model.reason)
         settings = _settings(model, asked, given)
         if given["as_json"]:
-            completion = model.generate(asked, **settings)
-            say_json({**completion.to_dict(), "model": _about(model, folder, seconds)})
+            last: Any = model.generate(asked, **settings)
+            say_json({**last.to_dict(), "model": _about(model, folder, seconds)})
         else:
-            completion = _print_stream(model, asked, settings)
-            for entry in completion.logprobs or ():
+            *_, last = chunks = _print_stream(model, asked, settings)
+            for entry in filter(None, (chunk.logprobs for chunk in chunks)):
                 remark(_logprobs_line(model, entry))
         if given["stats"]:
-            remark(_stats_line(model, seconds, completion.usage, completion.timings, completion.finish_reason))
+            remark(_stats_line(model, seconds, last))
 
 
 def _prompt(prompt: str | None, ids: list[int] | None, chat: bool, system: str | None) -> Any:
@@ -105,18 +75,14 @@ def _prompt(prompt: str | None, ids: list[int] | None, chat: bool, system: str |
     return [*head, {"role": "user", "content": prompt}]
 
 
-def _settings(model: Model, asked: Any, given: dict[str, Any]) -> Any:
+def _settings(model: Model, asked: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `Model.generate`."""
     most = given["max_tokens"]
     if most is None:
-        most = max(1, min(MAX_TOKENS, model.manifest.max_length - _count(model, asked)))
-    return {name: given[name] for name in SAMPLING} | {
-        "max_tokens": most,
-        "logit_bias": dict(given["logit_bias"]) or None,
-        "stop": [options.unescape(text) for text in given["stop"]] or None,
-        "stop_ids": given["stop_ids"],
-        "logprobs": given["logprobs"],
-    }
+        most = max(1, min(options.MAX_TOKENS, model.manifest.max_length - _count(model, asked)))
+    same = {name: given[name] for name in options.SAMPLING if name not in ("max_tokens", "logit_bias", "stop")}
+    bias, stop = dict(given["logit_bias"]), [options.unescape(text) for text in given["stop"]]
+    return {**same, "max_tokens": most, "logit_bias": bias or None, "stop": stop or None}
 
 
 def _count(model: Model, asked: Any) -> int:
@@ -129,10 +95,8 @@ def _count(model: Model, asked: Any) -> int:
     return len(asked)
 
 
-def _print_stream(model: Model, asked: Any, settings: Any) -> Completion:
-    """Print the tokens as they come; returns them as one completion."""
-    from tfinfer.completion import Completion
-
+def _print_stream(model: Model, asked: Any, settings: Any) -> list[Chunk]:
+    """Print the tokens as they come."""
     chunks = []
     for chunk in model.stream(asked, **settings):
         ids = "".join(f"{i} " for i in chunk.token_ids)
@@ -140,18 +104,7 @@ def _print_stream(model: Model, asked: Any, settings: Any) -> Completion:
             say(piece, newline=False)
         chunks.append(chunk)
     say()
-    last = chunks[-1]
-    assert last.finish_reason
-    assert last.usage
-    assert last.timings
-    return Completion(
-        text="".join(chunk.text or "" for chunk in chunks) if last.text is not None else None,
-        token_ids=tuple(i for chunk in chunks for i in chunk.token_ids),
-        finish_reason=last.finish_reason,
-        usage=last.usage,
-        timings=last.timings,
-        logprobs=tuple(chunk.logprobs for chunk in chunks if chunk.logprobs) or None,
-    )
+    return chunks
 
 
 def _about(model: Model, folder: Path, seconds: float) -> dict[str, Any]:
@@ -177,10 +130,13 @@ def _logprobs_line(model: Model, entry: TokenLogprobs) -> str:
     return f"{name(entry.token_id)}: {entry.logprob:.3f} (likeliest: {top})"
 
 
-def _stats_line(model: Model, load: float, usage: Usage, timings: Timings, reason: str) -> str:
-    later, threads = usage.completion_tokens - 1, many(model.threads.count, "thread")
+def _stats_line(model: Model, load: float, last: Any) -> str:
+    """`last`: what has usage, timings and finish reason, a completion or the last chunk of a stream."""
+    usage, timings, threads = last.usage, last.timings, many(model.threads.count, "thread")
+    later = usage.completion_tokens - 1
     speed = f", {later / timings.decode_seconds:.1f} tokens/s after it" if later > 0 and timings.decode_seconds else ""
+    tokens = f"{many(usage.prompt_tokens, 'token')} in, {many(usage.completion_tokens, 'token')} out"
     return (
-        f"{many(usage.prompt_tokens, 'token')} in, {many(usage.completion_tokens, 'token')} out ({reason}); "
-        f"load {duration(load)}, first token {duration(timings.first_token_seconds)}{speed}; {model.device}, {threads}"
+        f"{tokens} ({last.finish_reason}); load {duration(load)}, "
+        f"first token {duration(timings.first_token_seconds)}{speed}; {model.device}, {threads}"
     )

@@ -50,18 +50,28 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        if not standalone_mode:
-            return super().main(args, *rest, standalone_mode=False, **extra)
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's own, but with this tool's errors and exit codes."""
         arguments = list(sys.argv[1:] if args is None else args)
         debug = _asked("--debug", arguments)
         try:
             with contextlib.nullcontext() if debug else _quiet():
-                code = super().main(arguments, *rest, standalone_mode=False, **extra)
+                code = super().main(arguments, prog_name, complete_var, standalone_mode=False, **extra)
         except (Exception, KeyboardInterrupt) as error:
+            if not standalone_mode:
+                raise
             if debug:
                 traceback.print_exception(error)
             code = report(error, as_json=_asked("--json", arguments))
+        if not standalone_mode:
+            return code
         sys.exit(code if isinstance(code, int) else 0)
 
 

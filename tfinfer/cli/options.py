@@ -10,25 +10,23 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+MAX_TOKENS = 128
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def common(command: F) -> F:
     """`--json` and `--debug`; the latter is read by `main`, which also must know it when the rest is wrong."""
-    command = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks, warnings and logs.")(
-        command
-    )
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, errors too.")(command)
+    debug = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks, warnings and logs.")
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, errors too.")(debug(command))
 
 
 def compute(command: F) -> F:
     """`--device` and `--threads`. The library checks both, so that its errors are the only ones."""
-    command = click.option(
-        "--threads", type=int, metavar="N", help="Threads to compute with; default: what is available."
-    )(command)
-    return click.option(
+    threads = click.option("--threads", type=int, metavar="N", help="Threads to compute with; default: all there are.")
+    device = click.option(
         "--device", default="cpu", show_default=True, metavar="cpu|cuda|auto", help="Where to compute."
-    )(command)
+    )
+    return device(threads(command))
 
 
 def folder(command: F) -> F:
@@ -36,7 +34,7 @@ def folder(command: F) -> F:
     return click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))(command)
 
 
-class IdList(click.ParamType):
+class IdList(click.ParamType):  # type: ignore[type-arg]  # generic in new versions alone
     """Ids with commas between them; an empty text is an empty list."""
 
     name = "ids"
@@ -50,7 +48,7 @@ class IdList(click.ParamType):
             self.fail(f"expected whole numbers with commas between them, as 1,2,3; got {value!r}", param, ctx)
 
 
-class Bias(click.ParamType):
+class Bias(click.ParamType):  # type: ignore[type-arg]  # generic in new versions alone
     """ID=BIAS, of which both are numbers."""
 
     name = "bias"
@@ -63,6 +61,35 @@ class Bias(click.ParamType):
             return int(token), float(bias)
         except ValueError:
             self.fail(f"expected ID=BIAS, as 42=-1.5; got {value!r}", param, ctx)
+
+
+# The arguments of `Model.generate`: name, type and default, metavar, help. The library checks the values.
+_SAMPLING = (
+    ("max_tokens", int, None, "N", f"Most tokens to make; default {MAX_TOKENS}, or what fits."),
+    ("temperature", float, 0.0, "T", "0, the default, is greedy."),
+    ("top_k", int, 0, "K", "Only the K likeliest; 0 is off."),
+    ("top_p", float, 1.0, "P", "Only the likeliest up to this sum; 1 is off."),
+    ("min_p", float, 0.0, "P", "Only those above this part of the likeliest; 0 is off."),
+    ("repetition_penalty", float, 1.0, "R", "On what is in the prompt or was made; 1 is off."),
+    ("presence_penalty", float, 0.0, "R", "On what was made; 0 is off."),
+    ("frequency_penalty", float, 0.0, "R", "On what was made, each time; 0 is off."),
+    ("logit_bias", Bias(), (), "ID=BIAS", "Add to a logit; repeatable."),
+    ("seed", int, None, "N", "Same seed, same tokens."),
+    ("stop", str, (), "TEXT", r"End before this text; repeatable; \n, \t, \r and \\ are understood."),
+    ("stop_ids", IdList(), None, "1,2", 'Ids that end it; default the model\'s own, "" for none.'),
+    ("logprobs", int, 0, "N", "Log-probabilities of each token and of the N likeliest."),
+)
+SAMPLING = tuple(name for name, *_ in _SAMPLING)
+
+
+def sampling(command: F) -> F:
+    """The options of generation, by the names of `Model.generate` with dashes."""
+    for name, kind, default, metavar, text in reversed(_SAMPLING):
+        flag = f"--{name.replace('_', '-')}"
+        several = default == ()
+        value = None if several else default
+        command = click.option(flag, type=kind, default=value, multiple=several, metavar=metavar, help=text)(command)
+    return command
 
 
 def unescape(text: str) -> str:
