@@ -104,12 +104,23 @@ def summary(found: dict[str, list[tuple[float, float]]], prompt: int, base: str)
 
 
 def environment(threads: int, device: str) -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "?",
+    )
     packages = {name: version(name) for name in ("torch", "transformers", "numpy", "tfinfer")}
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     runtime = __import__("onnxruntime").__version__
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return {"cpu": cpu, "gpu": gpu, "threads": threads, "python": platform.python_version(), "onnxruntime": runtime, **packages, "date": now}
+    return {
+        "cpu": cpu,
+        "gpu": gpu,
+        "threads": threads,
+        "python": platform.python_version(),
+        "onnxruntime": runtime,
+        **packages,
+        "date": now,
+    }
 
 
 def main() -> None:

@@ -73,12 +73,16 @@ def add_layer(g: Graph, s: Shape, i: int, x: str, residual: str) -> tuple[str, s
         num_heads=s.heads, kv_num_heads=s.kv_heads, do_rotary=1, **MS,
     )  # fmt: skip
     out = g.matmul(p + "o", attended, s.heads * s.head_dim, s.hidden)
-    x = g.node("SkipSimplifiedLayerNormalization", [residual, out, "gain"], [p + "n1", "", "", p + "r1"], epsilon=1e-6, **MS)
+    x = g.node(
+        "SkipSimplifiedLayerNormalization", [residual, out, "gain"], [p + "n1", "", "", p + "r1"], epsilon=1e-6, **MS
+    )
     gate_up = g.matmul(p + "gate_up", x, s.hidden, 2 * s.ffn)
     g.node("Split", [gate_up], [p + "gate", p + "up"], axis=-1, num_outputs=2)
     silu = g.node("QuickGelu", [p + "gate"], [p + "silu"], alpha=1.0, **MS)
     down = g.matmul(p + "down", g.node("Mul", [silu, p + "up"], [p + "mid"]), s.ffn, s.hidden)
-    x = g.node("SkipSimplifiedLayerNormalization", [p + "r1", down, "gain"], [p + "n2", "", "", p + "r2"], epsilon=1e-6, **MS)
+    x = g.node(
+        "SkipSimplifiedLayerNormalization", [p + "r1", down, "gain"], [p + "n2", "", "", p + "r2"], epsilon=1e-6, **MS
+    )
     return x, p + "r2"
 
 
@@ -98,10 +102,18 @@ def build(s: Shape, positions: int = 4096) -> onnx.ModelProto:
     info, cache = helper.make_tensor_value_info, ["B", s.kv_heads, "L", s.head_dim]
     parts = [f"{i}.{part}" for i in range(s.layers) for part in ("key", "value")]
     inputs = [info("input_ids", TensorProto.INT64, ["B", "S"]), info("seqlens_k", TensorProto.INT32, ["B"])]
-    inputs += [info("total_length", TensorProto.INT32, []), *(info(f"past.{n}", TensorProto.FLOAT, cache) for n in parts)]
-    outputs = [info("next_id", TensorProto.INT64, ["B", 1]), *(info(f"present.{n}", TensorProto.FLOAT, cache) for n in parts)]
+    inputs += [
+        info("total_length", TensorProto.INT32, []),
+        *(info(f"past.{n}", TensorProto.FLOAT, cache) for n in parts),
+    ]
+    outputs = [
+        info("next_id", TensorProto.INT64, ["B", 1]),
+        *(info(f"present.{n}", TensorProto.FLOAT, cache) for n in parts),
+    ]
     graph = helper.make_graph(g.nodes, "ruler", inputs, outputs, g.initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    )
     model.ir_version = 10
     return model
 
@@ -115,7 +127,9 @@ class Ruler:
         options.intra_op_num_threads, options.enable_mem_pattern, options.log_severity_level = threads, False, 3
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "ruler.onnx")
-            onnx.save(build(shape), path, save_as_external_data=True, all_tensors_to_one_file=True, location="ruler.data")
+            onnx.save(
+                build(shape), path, save_as_external_data=True, all_tensors_to_one_file=True, location="ruler.data"
+            )
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         size = (1, shape.kv_heads, prompt + new, shape.head_dim)
         parts = [f"{i}.{part}" for i in range(shape.layers) for part in ("key", "value")]
@@ -158,4 +172,12 @@ if __name__ == "__main__":
     ruler = Ruler(SHAPES[a.shape], a.prompt, a.new, a.threads)
     ruler.run()
     prefill, step = ruler.run()
-    print(json.dumps({"shape": a.shape, "prefill_tokens_per_s": round(a.prompt / prefill, 1), "decode_tokens_per_s": round(1 / step, 2)}))
+    print(
+        json.dumps(
+            {
+                "shape": a.shape,
+                "prefill_tokens_per_s": round(a.prompt / prefill, 1),
+                "decode_tokens_per_s": round(1 / step, 2),
+            }
+        )
+    )

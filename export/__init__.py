@@ -4,7 +4,9 @@ The folder `export/` is installed as `tfinfer.export`; under any other name its 
 """
 
 if __name__ != "tfinfer.export":
-    raise ImportError(f"import this package as tfinfer.export, not as {__name__!r} (install it: pip install -e '.[export]')")
+    raise ImportError(
+        f"import this package as tfinfer.export, not as {__name__!r} (install it: pip install -e '.[export]')"
+    )
 
 from .exporter import ExportReport, export_model
 

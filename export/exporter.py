@@ -16,7 +16,18 @@ from torch import nn
 from tfinfer.errors import InputError, ProofError, TfinferError
 from tfinfer.integrity import sha256
 from tfinfer.manifest import (
-    FILE_NAME, FORMAT_VERSION, CacheSpec, DecoderRoles, FileSpec, GraphSpec, Manifest, ProofSpec, SourceSpec, TensorSpec, TextSpec, TokenIds,
+    FILE_NAME,
+    FORMAT_VERSION,
+    CacheSpec,
+    DecoderRoles,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    ProofSpec,
+    SourceSpec,
+    TensorSpec,
+    TextSpec,
+    TokenIds,
 )  # fmt: skip
 from tfinfer.proof import golden
 from tfinfer.proof.cases import grid
@@ -84,7 +95,9 @@ def check_max_length(max_length: int | None) -> None:
 class _Export:
     """One export: what it was asked for, and how long each stage took."""
 
-    def __init__(self, source: Source, target: Path, dtype: str, flavor: str, max_length: int | None, progress: Progress) -> None:
+    def __init__(
+        self, source: Source, target: Path, dtype: str, flavor: str, max_length: int | None, progress: Progress
+    ) -> None:
         self.source, self.target, self.dtype, self.flavor, self.max_length = source, target, dtype, flavor, max_length
         self._progress = progress
         self.seconds: dict[str, float] = {}
@@ -121,7 +134,9 @@ class _Export:
         """The length asked for, or the source's own where that is short enough to be proved without asking."""
         own = self.source.max_length
         if self.max_length is not None and own is not None and self.max_length > own:
-            raise InputError(f"max_length {self.max_length} is longer than the model's own longest length, {own}: give {own} or less")
+            raise InputError(
+                f"max_length {self.max_length} is longer than the model's own longest length, {own}: give {own} or less"
+            )
         return self.max_length if self.max_length is not None or own is None or own > 4096 else own
 
     # -- proof --------------------------------------------------------------------------------------------------
@@ -143,9 +158,14 @@ class _Export:
             verdicts += narrow
         for verdict in verdicts:
             if not verdict.passed:
-                raise ProofError("the graph does not compute what the module computes; nothing was written\n" + "\n".join(verdict.lines()))
+                raise ProofError(
+                    "the graph does not compute what the module computes; nothing was written\n"
+                    + "\n".join(verdict.lines())
+                )
         last = verdicts[-1]
-        return tuple(verdicts), ProofSpec(last.device, last.measured(), last.greedy.identical, golden.FILE_NAME, not_run)
+        return tuple(verdicts), ProofSpec(
+            last.device, last.measured(), last.greedy.identical, golden.FILE_NAME, not_run
+        )
 
     def _verdict(self, manifest: Manifest, folder: Path, dtype: str, *what: object, device: str = "cpu") -> Verdict:
         decoder = Decoder(manifest, folder, device=device)
@@ -163,7 +183,10 @@ class _Export:
                 return [self._verdict(manifest, folder, NAMES[self.dtype], *what, device=device)], ""
             except TfinferError as error:
                 reasons.append(f"{device}: {str(error).splitlines()[0].replace(f'{folder}{os.sep}', '')}")
-        return [], f"proved in float32; not run as {NAMES[self.dtype]}, because no device here runs it ({'; '.join(reasons)})"
+        return (
+            [],
+            f"proved in float32; not run as {NAMES[self.dtype]}, because no device here runs it ({'; '.join(reasons)})",
+        )
 
     # -- the folder ---------------------------------------------------------------------------------------------
     def _copy_text(self, folder: Path) -> None:
@@ -173,18 +196,28 @@ class _Export:
         if source.chat_template is not None:
             (folder / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
         if source.generation_config is not None:
-            (folder / "generation_config.json").write_text(json.dumps(source.generation_config, indent=1), encoding="utf-8")
+            (folder / "generation_config.json").write_text(
+                json.dumps(source.generation_config, indent=1), encoding="utf-8"
+            )
 
     def _manifest(self, captured: Captured, folder: Path, proof: ProofSpec | None = None) -> Manifest:
         """The manifest; without a proof it is a draft, for opening the graph before it is proved, and hashes nothing."""
         graph, source = captured.model.graph, self.source
         names = {value.name for value in graph.inputs}
-        width = "float32" if not any(v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for v in graph.inputs) else NAMES[self.dtype]
+        width = (
+            "float32"
+            if not any(v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for v in graph.inputs)
+            else NAMES[self.dtype]
+        )
         opset = dict(graph.opset_imports)
         return Manifest(
             format_version=FORMAT_VERSION,
             kind="decoder",
-            graphs={"decoder": GraphSpec("decoder.onnx", opset, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs)))},
+            graphs={
+                "decoder": GraphSpec(
+                    "decoder.onnx", opset, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs))
+                )
+            },
             roles=DecoderRoles(
                 input_ids="input_ids",
                 attention_mask="attention_mask",
@@ -192,7 +225,9 @@ class _Export:
                 position_ids="position_ids" if "position_ids" in names else None,
                 logits_to_keep="logits_to_keep" if "logits_to_keep" in names else None,
             ),
-            cache=tuple(CacheSpec(e.past, e.present, e.num_kv_heads, e.head_dim, width, e.window) for e in captured.entries),
+            cache=tuple(
+                CacheSpec(e.past, e.present, e.num_kv_heads, e.head_dim, width, e.window) for e in captured.entries
+            ),
             vocab_size=captured.vocab_size,
             num_logits=captured.num_logits,
             max_length=captured.max_length,

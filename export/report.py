@@ -40,7 +40,12 @@ class ExportReport:
         return lines + ([self.manifest.proof.not_run] if self.manifest.proof.not_run else [])
 
     def to_dict(self) -> dict[str, Any]:
-        return {"folder": str(self.folder), "seconds": self.seconds, "notes": self.notes, "manifest": dataclasses.asdict(self.manifest)}
+        return {
+            "folder": str(self.folder),
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "manifest": dataclasses.asdict(self.manifest),
+        }
 
 
 def summarise_attention(reports: list[AttentionReport]) -> tuple[AttentionSpec, ...]:

@@ -9,7 +9,9 @@ from pathlib import Path
 BANNED = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers"}
 
 lines = Path(sys.argv[1]).read_text().splitlines()
-imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:") and "|" in line}
+imported = {
+    line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines if line.startswith("import time:") and "|" in line
+}
 print("\n".join(line for line in lines if not line.startswith("import time:")))
 if not {"numpy", "onnxruntime"} <= imported:
     sys.exit("the log shows no run at all")

@@ -15,7 +15,9 @@ __all__ = ["Chunk", "Completion", "Model", "TfinferError", "Timings", "Usage", "
 
 logging.getLogger("tfinfer").addHandler(logging.NullHandler())
 
-_HOMES = {"load": "tfinfer.model", "Model": "tfinfer.model"} | dict.fromkeys(("Chunk", "Completion", "Timings", "Usage"), "tfinfer.completion")
+_HOMES = {"load": "tfinfer.model", "Model": "tfinfer.model"} | dict.fromkeys(
+    ("Chunk", "Completion", "Timings", "Usage"), "tfinfer.completion"
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,9 @@ def _check_file(path: Path, expected: FileSpec, hashes: bool) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise UnsafeModelError(f"{path}: expected a plain file inside the folder, found a link or something else")
     if status.st_size != expected.bytes:
-        raise CorruptModelError(f"{path}: expected {expected.bytes} bytes, found {status.st_size}; it was cut or changed")
+        raise CorruptModelError(
+            f"{path}: expected {expected.bytes} bytes, found {status.st_size}; it was cut or changed"
+        )
     if hashes and (found := sha256(path)) != expected.sha256:
         raise CorruptModelError(f"{path}: expected SHA-256 {expected.sha256}, found {found}; it was changed")
 
@@ -50,7 +52,9 @@ def check_graph(model: bytes, name: str, files: dict[str, FileSpec]) -> None:
             if not is_plain_name(location) or location not in files:
                 raise UnsafeModelError(f"{name}: refers to {location!r}, which is no file of this folder")
             if offset < 0 or length < 0 or offset + length > files[location].bytes:
-                raise CorruptModelError(f"{name}: refers to bytes {offset} to {offset + length} of {location}, which has fewer")
+                raise CorruptModelError(
+                    f"{name}: refers to bytes {offset} to {offset + length} of {location}, which has fewer"
+                )
     except (IndexError, ValueError, RecursionError) as error:
         raise CorruptModelError(f"{name}: is no ONNX model: {error}") from error
 

@@ -163,7 +163,10 @@ class Manifest:
 
         check(self.kind in KINDS, f"expected a kind of {', '.join(KINDS)}, got {self.kind!r}")
         check(self.kind in self.graphs, f"kind {self.kind!r} without a graph of that name")
-        check(min(self.vocab_size, self.num_logits, self.max_length) > 0, "vocab_size, num_logits and max_length must be positive")
+        check(
+            min(self.vocab_size, self.num_logits, self.max_length) > 0,
+            "vocab_size, num_logits and max_length must be positive",
+        )
         check(bool(self.cache), "expected at least one cache entry")
         for entry in self.cache:
             check(min(entry.num_kv_heads, entry.head_dim) > 0, f"cache entry {entry.past!r} has no size")
@@ -188,7 +191,9 @@ def load_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise ManifestError(f"{folder}: expected a folder that `tfinfer export` made; there is no such folder")
     if not path.is_file():
-        raise ManifestError(f"{folder}: no {FILE_NAME} in it, so it is no exported folder, or its export did not finish")
+        raise ManifestError(
+            f"{folder}: no {FILE_NAME} in it, so it is no exported folder, or its export did not finish"
+        )
     if path.stat().st_size > MAX_BYTES:
         raise ManifestError(f"{path}: larger than {MAX_BYTES} bytes, which no manifest is")
     try:
@@ -201,7 +206,9 @@ def load_manifest(folder: Path) -> Manifest:
     if not isinstance(version, int):
         raise ManifestError(f"{path}: has no format_version")
     if version > FORMAT_VERSION:
-        raise IncompatibleModelError(f"{path}: format {version} is newer than this tfinfer reads ({FORMAT_VERSION}): upgrade tfinfer")
+        raise IncompatibleModelError(
+            f"{path}: format {version} is newer than this tfinfer reads ({FORMAT_VERSION}): upgrade tfinfer"
+        )
     return typing.cast(Manifest, _read(Manifest, data, FILE_NAME))
 
 
@@ -235,7 +242,11 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise ManifestError(f"{where}: unknown keys {', '.join(unknown)}")
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - set(value)):
         raise ManifestError(f"{where}: missing keys {', '.join(missing)}")
     return kind(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})

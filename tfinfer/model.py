@@ -31,7 +31,9 @@ Messages = Sequence[Mapping[str, Any]]
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
-def load(folder: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None, check_hashes: bool = True) -> Model:
+def load(
+    folder: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None, check_hashes: bool = True
+) -> Model:
     """Open a folder that `tfinfer export` made.
 
     Args:
@@ -97,7 +99,9 @@ class Model:
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<tfinfer {self.manifest.kind} {self.manifest.source.reference} on {self.device}, {self.manifest.dtype}>"
+        return (
+            f"<tfinfer {self.manifest.kind} {self.manifest.source.reference} on {self.device}, {self.manifest.dtype}>"
+        )
 
     def _read_template(self, folder: Path) -> ChatTemplate | None:
         text = self.manifest.text
@@ -118,7 +122,9 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -177,7 +183,10 @@ class Model:
             text = self.render_chat(items)
             ids = self._need_tokenizer("a conversation").encode(text, add_special_tokens=False)
             return [[int(i) for i in self.decoder.check_ids(ids)]], True
-        if items and all(isinstance(item, (str, Sequence)) or hasattr(item, "__array__") and getattr(item, "ndim", 0) for item in items):
+        if items and all(
+            isinstance(item, (str, Sequence)) or (hasattr(item, "__array__") and getattr(item, "ndim", 0))
+            for item in items
+        ):
             return [self._ids(item) for item in items], False
         return [self._ids(items)], True
 
@@ -231,7 +240,13 @@ class Model:
         started = time.perf_counter()
         cache = self._borrow(len(request.prompts), request.capacity)
         batch = Batch(
-            self.decoder, cache, request.prompts, request.params, request.limits, self.manifest.num_logits, request.cancel
+            self.decoder,
+            cache,
+            request.prompts,
+            request.params,
+            request.limits,
+            self.manifest.num_logits,
+            request.cancel,
         )
         texts = [RowText(self.tokenizer, ids, request.stop) for ids in request.prompts]
         firsts: dict[int, float] = {}

@@ -99,7 +99,10 @@ class Symbols:
                 if atom.role is None and isinstance(missing, int) and missing != atom.size and missing < atom.size:
                     if atom.size % missing:
                         return None
-                    halves = (Atom(size=missing, repeat=atom.repeat), Atom(size=atom.size // missing, repeat=atom.repeat))
+                    halves = (
+                        Atom(size=missing, repeat=atom.repeat),
+                        Atom(size=atom.size // missing, repeat=atom.repeat),
+                    )
                     splits[atom] = halves
                     atom, remainder = halves
                     rest.insert(0, remainder)

@@ -19,7 +19,7 @@ from .positional import Positional, longest_length, read_by_data
 from .regions import Region, find_region, is_product
 from .rules.attention import lower_region
 from .tensor import Tensor, laid_out
-from .trace import Trace, aten, trace
+from .trace import Trace, arguments, aten, trace
 
 # The cache of a module that says no longest length, or says a very long one, is made and proved for this many positions.
 DEFAULT_MAX_LENGTH = 4096
@@ -83,7 +83,9 @@ def _follow_all(f: Follower) -> None:
             continue
         if node in pending:  # it stays as it is written
             region = pending[node]
-            f.report_attention("the module's own operators", "as written", "scores that are more than a scale, a mask and a bias")
+            f.report_attention(
+                "the module's own operators", "as written", "scores that are more than a scale, a mask and a bias"
+            )
             for part in f.trace.nodes:
                 if part in region.inside:
                     f.follow(part)
@@ -107,7 +109,12 @@ def _logits(captured: Trace, f: Follower) -> Tensor:
     candidates = [named["logits"]] if "logits" in named else found
     for node in candidates:
         value = f.values.get(node)
-        if isinstance(value, Tensor) and value.dtype.is_floating_point and value.rank in (2, 3) and has(value.axes[0], Role.BATCH):
+        if (
+            isinstance(value, Tensor)
+            and value.dtype.is_floating_point
+            and value.rank in (2, 3)
+            and has(value.axes[0], Role.BATCH)
+        ):
             if not any(a.role for a in value.axes[-1]) and value.axes[-1]:
                 return value
     shapes = [captured.shape(n) for n in found] or "nothing that depends on the ids"
@@ -129,8 +136,8 @@ def _vocab_size(captured: Trace, f: Follower) -> int:
     """How many different ids every table that they are looked up in has."""
     tables = []
     for node in captured.nodes:
-        if node.target is aten.embedding.default and node.args[1] is captured.input_ids:
-            tables.append(captured.shape(node.args[0])[0])  # type: ignore[arg-type]
+        if node.target is aten.embedding.default and arguments(node)[1] is captured.input_ids:
+            tables.append(captured.shape(arguments(node)[0])[0])
     return int(min(tables)) if tables else int(f.symbols.product(_logits(captured, f).axes[-1]))
 
 

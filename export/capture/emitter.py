@@ -93,7 +93,13 @@ class Emitter:
         return self.multi(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def multi(
-        self, op_type: str, *inputs: ir.Value | None, outputs: int, domain: str = "", version: int = 21, **attributes: Any
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        outputs: int,
+        domain: str = "",
+        version: int = 21,
+        **attributes: Any,
     ) -> tuple[ir.Value, ...]:
         """The outputs of a node; an equal node made before is taken again."""
         key = (domain, op_type, tuple(map(id, inputs)), outputs, repr(sorted(attributes.items())))

@@ -16,13 +16,13 @@ import torch
 from torch import fx
 
 from . import tables
-from .axes import Atom, Axes, Role, Symbols, axis_of, flat
+from .axes import Atom, Axes, Axis, Role, Symbols, axis_of, flat
 from .emitter import DTYPES, Emitter
 from .place import Placed, gather_by_distance, gather_rows, gather_square, slice_keys
 from .positional import Positional
 from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
 from .tensor import Tensor, laid_out
-from .trace import Trace, is_computed, refuse
+from .trace import Trace, is_computed, mapped, refuse
 
 Rule = Callable[..., "Tensor | list[Tensor]"]
 RULES: dict[Any, Rule] = {}
@@ -82,7 +82,7 @@ class Follower:
         if node.target not in RULES:
             advice = "only operations whose effect on every axis is known are followed"
             raise refuse(node, "this operation has no rule", advice)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n] if n in self.trace.data else n)
+        args, kwargs = mapped(node, lambda n: self.values[n] if n in self.trace.data else n)
         result = RULES[node.target](self, node, *args, **kwargs)
         self.values[node] = result
         if isinstance(result, Tensor):
@@ -116,7 +116,13 @@ class Follower:
         return self.emit.weight(value.t() if transposed else value, name)
 
     def is_constant(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and node not in self.trace.data and self.trace.seq not in self.trace.shape(node)
+        return (
+            isinstance(node, fx.Node) and node not in self.trace.data and self.trace.seq not in self.trace.shape(node)
+        )
+
+    def size(self, axis: Axis) -> int:
+        """The size of an axis without positions or rows."""
+        return int(self.symbols.product(axis))
 
     def number(self, node: fx.Node, value: Any) -> Any:
         """A scalar operand; one that is computed from the length is refused."""
@@ -124,14 +130,20 @@ class Follower:
             raise refuse(node, "computes with the length of the whole sequence, which a cache cannot follow")
         return value
 
-    def beside(self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node) -> ir.Value:
+    def beside(
+        self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node
+    ) -> ir.Value:
         """A positional operand, laid out to be broadcast with data of `axes` whose dimensions stand in `order`.
 
         Every axis in `axes` is a single atom, a fixed size or empty, so that each dimension has one meaning.
         """
         shape = self.trace.shape(operand)
         missing = len(axes) - len(shape)
-        along = {axes[i + missing][0].role: i + missing for i, size in enumerate(shape) if size == self.trace.seq and axes[i + missing]}
+        along = {
+            axes[i + missing][0].role: i + missing
+            for i, size in enumerate(shape)
+            if size == self.trace.seq and axes[i + missing]
+        }
         if any(self.trace.seq in getattr(size, "free_symbols", ()) and size != self.trace.seq for size in shape):
             raise refuse(operand, f"its shape {shape} cuts the sequence in pieces")
         if None in along or len(along) != shape.count(self.trace.seq):
@@ -139,13 +151,16 @@ class Follower:
         try:
             placed = self._placed(operand, missing, along, len(axes), dtype)
         except NotStable:
-            raise refuse(operand, "its value at a position depends on the length of the whole sequence", "a table by absolute position would work") from None
+            why = "its value at a position depends on the length of the whole sequence"
+            raise refuse(operand, why, "a table by absolute position would work") from None
         except TooLarge as size:
-            raise refuse(operand, f"a table of {size.args[0] / 2**20:.0f} MiB would be needed", "give a smaller --max-length") from None
-        batch = axis_of(axes, Role.BATCH)
-        return placed.arranged(self.emit, order, batch)
+            why = f"a table of {size.args[0] / 2**20:.0f} MiB would be needed"
+            raise refuse(operand, why, "give a smaller --max-length") from None
+        return placed.arranged(self.emit, order, axis_of(axes, Role.BATCH))
 
-    def _placed(self, operand: fx.Node, missing: int, along: dict[Role | None, int], rank: int, dtype: torch.dtype) -> Placed:
+    def _placed(
+        self, operand: fx.Node, missing: int, along: dict[Role | None, int], rank: int, dtype: torch.dtype
+    ) -> Placed:
         length = self.max_length
         query, key = along.get(Role.QUERY), along.get(Role.KEY)
 
@@ -156,10 +171,11 @@ class Follower:
             name = str(operand.target) if operand.op == "get_attr" else "table"
             return Placed.constant(self.emit, full_rank(self.constant(operand)).to(dtype), name)
         if query is None or key is None:
-            axis = key if query is None else query
-            table = tables.read_rows(lambda n: full_rank(self.positional.value(operand, n)), axis, length)  # type: ignore[arg-type]
+            axis = key if key is not None else query
+            assert axis is not None
+            table = tables.read_rows(lambda n: full_rank(self.positional.value(operand, n)), axis, length)
             made = slice_keys if query is None else gather_rows
-            return made(self.emit, table.to(dtype), axis)  # type: ignore[arg-type]
+            return made(self.emit, table.to(dtype), axis)
         rest = [i for i in range(rank) if i not in (query, key)]
 
         def rows(r: torch.Tensor, n: int) -> torch.Tensor:
@@ -168,7 +184,9 @@ class Follower:
 
         return self.place_square(tables.read_square(rows, length), rest, query, key, dtype)
 
-    def place_square(self, read: PerKey | ByDistance | Square, rest: list[int], query: int, key: int, dtype: torch.dtype) -> Placed:
+    def place_square(
+        self, read: PerKey | ByDistance | Square, rest: list[int], query: int, key: int, dtype: torch.dtype
+    ) -> Placed:
         """A value over (query, key) as dimensions `rest`, `query` and `key` of a tensor."""
         table = read.table.to(dtype)
         if isinstance(read, PerKey):
@@ -179,7 +197,9 @@ class Follower:
         return gather_square(self.emit, table, rest, query, key)
 
     # -- the cache ----------------------------------------------------------------------------------------------
-    def entry(self, side: str, heads: int, dim: int, dtype: torch.dtype, window: int | None = None) -> tuple[ir.Value, CacheEntry]:
+    def entry(
+        self, side: str, heads: int, dim: int, dtype: torch.dtype, window: int | None = None
+    ) -> tuple[ir.Value, CacheEntry]:
         """A new past input of the graph, (batch, heads, length, dim), and its entry."""
         layer = self._sides[side]
         self._sides[side] += 1
@@ -188,7 +208,9 @@ class Follower:
         return self.emit.input(entry.past, DTYPES[dtype], ("batch", heads, "length", dim)), entry
 
     def present(self, entry: CacheEntry, value: ir.Value) -> None:
-        self.emit.output(value, entry.present, DTYPES[entry.dtype], ("batch", entry.num_kv_heads, "length", entry.head_dim))
+        self.emit.output(
+            value, entry.present, DTYPES[entry.dtype], ("batch", entry.num_kv_heads, "length", entry.head_dim)
+        )
 
     def whole(self, tensor: Tensor, side: str) -> Tensor:
         """The tensor over all positions: its new rows written into a cache entry where each row stands."""
@@ -200,7 +222,7 @@ class Follower:
             heads, dim = (), (features[0],)
         entry_axes: Axes = ((batch,), heads, (query,), dim)
         new = laid_out(self.emit, tensor, entry_axes)
-        past, entry = self.entry(side, *(int(self.symbols.product(a)) for a in (heads, dim)), tensor.dtype)
+        past, entry = self.entry(side, self.size(heads), self.size(dim), tensor.dtype)
         present = scatter(self.emit, past, new)
         self.present(entry, present)
         key = Atom(Role.KEY)
@@ -210,7 +232,9 @@ class Follower:
 
     def valid(self, present: ir.Value) -> ir.Value:
         """(batch, heads, total, dim): the part of a cache entry that holds any row's positions."""
-        return self.emit.op("Slice", present, self.emit.constant([0]), self.emit.size(Role.KEY), self.emit.constant([2]))
+        return self.emit.op(
+            "Slice", present, self.emit.constant([0]), self.emit.size(Role.KEY), self.emit.constant([2])
+        )
 
 
 def scatter(emit: Emitter, past: ir.Value, new: ir.Value) -> ir.Value:

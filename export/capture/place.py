@@ -80,7 +80,9 @@ def _key_positions(emit: Emitter) -> ir.Value:
     return emit.op("Range", emit.constant(0), end, emit.constant(1))
 
 
-def gather_by_distance(emit: Emitter, table: torch.Tensor, length: int, rest: Sequence[int], query: int, key: int) -> Placed:
+def gather_by_distance(
+    emit: Emitter, table: torch.Tensor, length: int, rest: Sequence[int], query: int, key: int
+) -> Placed:
     """table: (..., 2 * length - 1) -> (batch, seq, total, ...): its entries at query position - key position."""
     rows, kept = _squeezed(table, [table.dim() - 1])
     position = emit.op("Unsqueeze", emit.position_ids(), emit.constant([2]))  # (batch, seq, 1)

@@ -14,9 +14,15 @@ from torch import fx
 
 from tfinfer.errors import CaptureError
 
-from .trace import Trace, aten, is_computed, refuse
+from .trace import Trace, arguments, aten, call, is_computed, mapped, refuse
 
-MOVES_ONLY = {aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.lift_fresh_copy.default}
+MOVES_ONLY = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    aten.lift_fresh_copy.default,
+}
 FACTORIES = {aten.ones.default, aten.zeros.default, aten.full.default, aten.empty.memory_format}
 # Above this many elements a square is computed row by row instead of whole.
 SQUARE_LIMIT = 2**22
@@ -69,11 +75,15 @@ class Positional:
             return self.trace.constant(node)
         if node in self.trace.data:
             raise refuse(node, "a length or mask is computed from the values of the ids")
-        if node.target is aten.sym_size.int and node.args[0] in self.trace.data:
+        if node.target is aten.sym_size.int and arguments(node)[0] in self.trace.data:
             size = node.meta["val"]
-            return int(size.node.expr.subs({self.trace.batch: 1, self.trace.seq: self.length})) if isinstance(size, torch.SymInt) else size
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._whole)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+            return (
+                int(size.node.expr.subs({self.trace.batch: 1, self.trace.seq: self.length}))
+                if isinstance(size, torch.SymInt)
+                else size
+            )
+        args, kwargs = mapped(node, self._whole)
+        return call(node, args, kwargs)
 
     # -- some rows ----------------------------------------------------------------------------------------------
     def _is_seq(self, node: Any, axis: int) -> bool:
@@ -106,28 +116,28 @@ class Positional:
             missing = rank - value.dim() if isinstance(value, torch.Tensor) else 0
             return self._operand(operand, axis - missing, rows)
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), aligned)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = mapped(node, aligned)
+        return call(node, args, kwargs)
 
     def _arange(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor:
         return self._whole(node).index_select(0, rows)
 
     def _unsqueeze(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor:
-        dim = node.args[1] % node.meta["val"].dim()  # type: ignore[operator]
-        return self._operand(node.args[0], axis - (dim < axis), rows).unsqueeze(dim)
+        dim = arguments(node)[1] % node.meta["val"].dim()
+        return self._operand(arguments(node)[0], axis - (dim < axis), rows).unsqueeze(dim)
 
     def _transpose(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor:
         rank = node.meta["val"].dim()
-        i, j = (dim % rank for dim in node.args[1:3])  # type: ignore[operator]
-        return self._operand(node.args[0], {i: j, j: i}.get(axis, axis), rows).transpose(i, j)
+        i, j = (dim % rank for dim in arguments(node)[1:3])
+        return self._operand(arguments(node)[0], {i: j, j: i}.get(axis, axis), rows).transpose(i, j)
 
     def _permute(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor:
-        order = [dim % node.meta["val"].dim() for dim in node.args[1]]  # type: ignore[union-attr, operator]
-        return self._operand(node.args[0], order[axis], rows).permute(order)
+        order = [dim % node.meta["val"].dim() for dim in arguments(node)[1]]
+        return self._operand(arguments(node)[0], order[axis], rows).permute(order)
 
     def _slice(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor | None:
-        source, dim, *bounds = node.args
-        dim = int(dim) % node.meta["val"].dim()  # type: ignore[arg-type]
+        source, dim, *bounds = arguments(node)
+        dim = int(dim) % node.meta["val"].dim()
         start, end, step = (*(self._whole(b) if isinstance(b, fx.Node) else b for b in bounds), *(None, None, None))[:3]
         if dim == axis:  # rows of a longer table, or of the sequence itself
             if (start or 0) != 0 or (step or 1) != 1:
@@ -138,32 +148,38 @@ class Positional:
         return None if cut is None else aten.slice.Tensor(cut, dim, start, end, step or 1)
 
     def _sized(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor:
-        source, wanted = node.args[:2]
-        missing = node.meta["val"].dim() - source.meta["val"].dim()  # type: ignore[union-attr]
-        shape = [len(rows) if i == axis else self._whole(s) if isinstance(s, fx.Node) else s for i, s in enumerate(wanted)]  # type: ignore[arg-type]
+        source, wanted = arguments(node)[:2]
+        missing = node.meta["val"].dim() - source.meta["val"].dim()
+        shape = [
+            len(rows) if i == axis else self._whole(s) if isinstance(s, fx.Node) else s for i, s in enumerate(wanted)
+        ]
         return self._operand(source, axis - missing, rows).expand(shape)
 
     def _factory(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._whole)
+        args, kwargs = mapped(node, self._whole)
         shape = [len(rows) if i == axis else size for i, size in enumerate(args[0])]
-        return node.target(shape, *args[1:], **kwargs)  # type: ignore[operator]
+        return call(node, (shape, *args[1:]), kwargs)
 
     def _triangle(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor | None:
-        source, diagonal = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        source, diagonal = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else 0
         rank = node.meta["val"].dim()
         if axis != rank - 2 or not self._is_seq(source, axis):
             return None
-        value = self._cut(source, axis, rows)  # type: ignore[arg-type]
+        value = self._cut(source, axis, rows)
         columns = torch.arange(value.shape[-1])
-        below = columns <= rows[:, None] + diagonal if node.target is aten.tril.default else columns >= rows[:, None] + diagonal
+        below = (
+            columns <= rows[:, None] + diagonal
+            if node.target is aten.tril.default
+            else columns >= rows[:, None] + diagonal
+        )
         return torch.where(below, value, torch.zeros((), dtype=value.dtype))
 
     def _index(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor | None:
-        source, indices = node.args
-        if any(i is None for i in indices) or source.meta["val"].dim() != len(indices):  # type: ignore[union-attr, arg-type]
+        source, indices = arguments(node)
+        if any(i is None for i in indices) or source.meta["val"].dim() != len(indices):
             return None
         rank = node.meta["val"].dim()
-        cut = [self._operand(i, axis - (rank - i.meta["val"].dim()), rows) for i in indices]  # type: ignore[union-attr]
+        cut = [self._operand(i, axis - (rank - i.meta["val"].dim()), rows) for i in indices]
         return aten.index.Tensor(self._whole(source), cut)
 
 
@@ -194,7 +210,9 @@ def longest_length(positional: Positional, nodes: Sequence[fx.Node], wanted: int
             low, high = (middle, high) if allowed(middle) else (low, middle)
         high = low
     if wanted is not None and high < wanted:
-        raise CaptureError(f"the module allows sequences of at most {high} tokens, {wanted} were asked for: give --max-length {high} or less")
+        raise CaptureError(
+            f"the module allows sequences of at most {high} tokens, {wanted} were asked for: give --max-length {high} or less"
+        )
     return high
 
 
@@ -209,6 +227,11 @@ def read_by_data(trace: Trace) -> list[fx.Node]:
         if node in trace.data and node is not trace.input_ids:
             for operand in node.all_input_nodes:
                 value = operand.meta.get("val")
-                if operand not in trace.data and is_computed(operand) and isinstance(value, torch.Tensor) and trace.seq in trace.shape(operand):
+                if (
+                    operand not in trace.data
+                    and is_computed(operand)
+                    and isinstance(value, torch.Tensor)
+                    and trace.seq in trace.shape(operand)
+                ):
                     found[operand] = None
     return list(found)

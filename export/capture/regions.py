@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .scores import IDENTITIES, VIEWS
-from .trace import Trace, aten
+from .trace import Trace, arguments, aten
 
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 SOFTMAXES = {aten.softmax.int, aten._softmax.default}
@@ -35,9 +35,9 @@ class Region:
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two factors of a product."""
     if node.target is aten.einsum.default:
-        factors = node.args[1]
-        return (factors[0], factors[1]) if len(factors) == 2 else (None, None)  # type: ignore[index, arg-type, return-value]
-    return node.args[-2], node.args[-1]  # type: ignore[return-value]
+        factors = arguments(node)[1]
+        return (factors[0], factors[1]) if len(factors) == 2 else (None, None)
+    return arguments(node)[-2], arguments(node)[-1]
 
 
 def is_product(trace: Trace, node: fx.Node) -> bool:
@@ -53,7 +53,7 @@ def find_region(trace: Trace, product: fx.Node) -> Region | None:
             return None
         chain.append(user)
         node = user
-    if user is None or user.args[1] not in (-1, user.meta["val"].dim() - 1):
+    if user is None or arguments(user)[1] not in (-1, user.meta["val"].dim() - 1):
         return None
     softmax, after, node = user, [], user
     while (user := _only_user(trace, node)) is not None and not is_product(trace, user):

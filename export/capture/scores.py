@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ from .axes import Axes, Role, Symbols, flat, has
 from .positional import Positional
 from .tables import ByDistance, NotStable, PerKey, Square, close, read_square, sampled_rows
 from .tensor import sizes
-from .trace import aten, is_computed
+from .trace import arguments, aten, call, is_computed, mapped
 
 # What modules add to hide a key: -inf, the least float, -1e10, -1e9, -1e4 ...; after the softmax all of them are 0.
 HIDDEN = -9e3
@@ -24,7 +25,14 @@ HIDDEN = -9e3
 PROBE = 50.0
 
 IDENTITIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.dropout.default}
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+}
 # made-up score(s), rows, length -> (heads, rows, length) in float64
 Scores = Callable[[float, torch.Tensor, int], torch.Tensor]
 
@@ -64,7 +72,11 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
         return None
     slope = (at_one - at_zero)[visible]
     scale = float(slope[0]) / PROBE
-    if scale == 0 or not close(slope, slope[0].expand_as(slope)) or not close((at_three - at_zero)[visible], -3 * slope):
+    if (
+        scale == 0
+        or not close(slope, slope[0].expand_as(slope))
+        or not close((at_three - at_zero)[visible], -3 * slope)
+    ):
         return None
 
     def bias(rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -82,7 +94,12 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
         if close(flat_bias, torch.zeros_like(flat_bias)):
             return pattern
         if window < length:  # the window is the operator's own; the bias need not repeat it
-            return replace(pattern, bias=_read_bias(lambda r, n: bias(r, n).masked_fill(torch.arange(n) <= r[:, None] - window, torch.nan), length))
+            return replace(
+                pattern,
+                bias=_read_bias(
+                    lambda r, n: bias(r, n).masked_fill(torch.arange(n) <= r[:, None] - window, torch.nan), length
+                ),
+            )
     return replace(pattern, bias=_read_bias(bias, length))
 
 
@@ -108,7 +125,9 @@ def _read_bias(bias: Callable[[torch.Tensor, int], torch.Tensor], length: int) -
 class Chain:
     """The operations between q k^T (or the score that a mask is added to) and the softmax, ready to be run."""
 
-    def __init__(self, nodes: list[fx.Node], source: fx.Node, axes: Axes, positional: Positional, symbols: Symbols) -> None:
+    def __init__(
+        self, nodes: list[fx.Node], source: fx.Node, axes: Axes, positional: Positional, symbols: Symbols
+    ) -> None:
         self.nodes, self.source, self.axes = nodes, source, axes
         self.positional, self.symbols = positional, symbols
 
@@ -133,21 +152,23 @@ class Chain:
                 raise Unreadable(node)
         return self.canonical(value, axes, len(rows), length)
 
-    def _pointwise(self, node: fx.Node, value: torch.Tensor, axes: Axes, rows: torch.Tensor, length: int) -> torch.Tensor:
-        def operand(n: fx.Node) -> object:
+    def _pointwise(
+        self, node: fx.Node, value: torch.Tensor, axes: Axes, rows: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        def operand(n: fx.Node) -> Any:
             if n in self.positional.trace.data:
                 return value
             return self.aligned(n, axes, rows, length)
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = mapped(node, operand)
+        return call(node, args, kwargs)
 
     def _baddbmm(self, value: torch.Tensor, axes: Axes, rows: torch.Tensor, length: int) -> torch.Tensor:
-        base = self.aligned(self.source.args[0], axes, rows, length)  # type: ignore[arg-type]
-        options = self.source.kwargs
-        return options.get("beta", 1) * base + options.get("alpha", 1) * value  # type: ignore[operator, return-value]
+        base = self.aligned(arguments(self.source)[0], axes, rows, length)
+        options: Any = self.source.kwargs
+        return options.get("beta", 1) * base + options.get("alpha", 1) * value
 
-    def aligned(self, node: fx.Node, axes: Axes, rows: torch.Tensor, length: int) -> object:
+    def aligned(self, node: fx.Node, axes: Axes, rows: torch.Tensor, length: int) -> Any:
         """A positional operand beside scores of `axes`: only `rows` of the axis that meets the query positions."""
         if not is_computed(node) or not isinstance(node.meta["val"], torch.Tensor):
             return self.positional.value(node, length)
@@ -161,10 +182,13 @@ class Chain:
     def signature(self) -> tuple[object, ...]:
         """Equal for chains that do the same to their scores with the same positional nodes."""
 
-        def named(operand: object) -> object:
+        def named(operand: Any) -> Any:
             return "data" if isinstance(operand, fx.Node) and operand in self.positional.trace.data else operand
 
-        return tuple(str((n.target, fx.node.map_aggregate((n.args, tuple(n.kwargs.items())), named))) for n in self._nodes_and_base())
+        return tuple(
+            str((n.target, fx.node.map_aggregate((n.args, tuple(n.kwargs.items())), named)))
+            for n in self._nodes_and_base()
+        )
 
     def _nodes_and_base(self) -> list[fx.Node]:
         return [*([self.source] if self.source.target is aten.baddbmm.default else []), *self.nodes]

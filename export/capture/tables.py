@@ -61,7 +61,7 @@ def close(left: torch.Tensor, right: torch.Tensor) -> bool:
     if not left.is_floating_point():
         return torch.equal(left, right)
     left, right = left.double(), right.double()
-    counts = ~(left.isnan() | right.isnan()) & ~((left == right))
+    counts = ~(left.isnan() | right.isnan()) & ~(left == right)
     if not counts.any():
         return True
     difference = (left - right).abs()[counts]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -21,7 +21,12 @@ aten = torch.ops.aten
 
 # Sizes above 1 and different from each other: torch.export pins sizes 0 and 1, and equal sizes look related.
 TRACED_BATCH, TRACED_SEQ = 2, 11
-CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default}
+CHECKS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range_for_size.default,
+}
 
 
 @dataclass(eq=False)
@@ -60,6 +65,21 @@ def is_computed(node: fx.Node) -> bool:
     """Whether a node is an operation on tensors rather than a size, an input, a constant or a check."""
     sizes = (int, bool, float, torch.SymInt, torch.SymBool, torch.SymFloat)
     return node.op == "call_function" and node.target not in CHECKS and not isinstance(node.meta.get("val"), sizes)
+
+
+def arguments(node: fx.Node) -> Any:
+    """A node's positional arguments; fx types them too widely to work with."""
+    return node.args
+
+
+def mapped(node: fx.Node, replace: Callable[[fx.Node], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A node's arguments with every node among them replaced."""
+    return cast(Any, fx.node.map_arg((node.args, node.kwargs), replace))
+
+
+def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a node's operation."""
+    return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
 def where(node: fx.Node) -> str:

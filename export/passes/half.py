@@ -62,7 +62,9 @@ class _Conversion:
         wanted = ir.DataType.FLOAT if wide else self.dtype
         if node.op_type != "Cast":
             for i, value in enumerate(node.inputs):
-                if value in floats and value is not None and self.types[value] is not wanted or value in floats and value.const_value is not None:
+                if (value in floats and value is not None and self.types[value] is not wanted) or (
+                    value in floats and value.const_value is not None
+                ):
                     node.replace_input_with(i, self._as(value, wanted, node))  # type: ignore[arg-type]
         elif node.attributes["to"].as_int() == ir.DataType.FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", int(self.dtype))
@@ -105,7 +107,9 @@ class _Conversion:
             tensor = value.const_value
             assert tensor is not None
             name = f"{value.name}_{self.dtype.name.lower()}"
-            made = ir.LazyTensor(narrowing(tensor, self.dtype), dtype=self.dtype, shape=ir.Shape(tensor.shape), name=name)
+            made = ir.LazyTensor(
+                narrowing(tensor, self.dtype), dtype=self.dtype, shape=ir.Shape(tensor.shape), name=name
+            )
             new = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=ir.Shape(tensor.shape), const_value=made)
             self.graph.initializers[name] = new
             self.narrow[value], self.types[new] = new, self.dtype

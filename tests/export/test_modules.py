@@ -8,6 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from tfinfer.errors import InputError  # noqa: E402
 from tfinfer.export import modules  # noqa: E402
 from tfinfer.export.modules import (  # noqa: E402
     Block,
@@ -24,10 +28,6 @@ from tfinfer.export.modules import (  # noqa: E402
     scaled_dot_product_attention,
     sinusoidal_table,
 )
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
-from tfinfer.errors import InputError  # noqa: E402
 
 POSITIONS = ("sinusoidal", "learned", "rotary", "none")
 NORMS = ("layer_norm", "rms_norm")

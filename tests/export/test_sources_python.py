@@ -11,12 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tfinfer.export.sources import Source, load_source  # noqa: E402
-from tfinfer.export.sources.source import from_module  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, models  # noqa: E402
 from torch import nn  # noqa: E402
 
 from tfinfer.errors import SourceError  # noqa: E402
+from tfinfer.export.sources import Source, load_source  # noqa: E402
+from tfinfer.export.sources.source import from_module  # noqa: E402
 
 MODEL = """
     from dataclasses import dataclass

@@ -10,10 +10,10 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
 from safetensors.torch import save_file  # noqa: E402
-from tfinfer.export.sources.weights import load_weights  # noqa: E402
 from torch import nn  # noqa: E402
 
 from tfinfer.errors import SourceError  # noqa: E402
+from tfinfer.export.sources.weights import load_weights  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

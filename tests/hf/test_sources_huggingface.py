@@ -11,11 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tfinfer.export.sources import load_source  # noqa: E402
-from tfinfer.export.sources.source import from_module  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 
 from tfinfer.errors import MissingDependencyError, SourceError  # noqa: E402
+from tfinfer.export.sources import load_source  # noqa: E402
+from tfinfer.export.sources.source import from_module  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

@@ -8,7 +8,10 @@ from tfinfer.manifest import CacheSpec
 from tfinfer.session.cache import BLOCK, Cache
 from tfinfer.session.memory import HostMemory
 
-SPECS = [CacheSpec("past.key", "present.key", 2, 4, "float32"), CacheSpec("past.value", "present.value", 2, 3, "float16")]
+SPECS = [
+    CacheSpec("past.key", "present.key", 2, 4, "float32"),
+    CacheSpec("past.value", "present.value", 2, 3, "float16"),
+]
 
 
 @pytest.fixture

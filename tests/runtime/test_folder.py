@@ -27,7 +27,10 @@ def edit(folder, change):
 def seal(folder, name):
     """Let the manifest say that a changed file is as it should be."""
     content = (folder / name).read_bytes()
-    edit(folder, lambda d: d["files"].update({name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}))
+    edit(
+        folder,
+        lambda d: d["files"].update({name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}}),
+    )
 
 
 def test_a_manifest_survives_the_way_to_json_and_back(copied):

@@ -55,7 +55,9 @@ class Counting:
 def run(prompts, decoder=None, params=None, cancel=None, cache=None, **limits):
     decoder = decoder or Counting()
     cache = cache or decoder.open_cache(len(prompts), 0)
-    return Batch(decoder, cache, prompts, params or SamplingParams(), Limits(**{"max_tokens": 4, **limits}), VOCAB, cancel), cache
+    return Batch(
+        decoder, cache, prompts, params or SamplingParams(), Limits(**{"max_tokens": 4, **limits}), VOCAB, cancel
+    ), cache
 
 
 def by_prompt(tokens):
@@ -157,7 +159,9 @@ def test_penalties_follow_each_prompt_when_another_leaves():
     assert [t.token_id for t in together[1]] == [t.token_id for t in alone]
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 2.5}, {"max_tokens": True}, {"logprobs": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 2.5}, {"max_tokens": True}, {"logprobs": -1}]
+)
 def test_limits_that_make_no_sense_are_refused(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Limits(**{"max_tokens": 4, **wrong})

@@ -127,7 +127,9 @@ def test_a_conversation_goes_through_the_chat_template(model):
 
 
 def test_ids_may_be_an_array(model):
-    assert model.generate(np.array([3, 4, 5]), max_tokens=3).token_ids == model.generate([3, 4, 5], max_tokens=3).token_ids
+    assert (
+        model.generate(np.array([3, 4, 5]), max_tokens=3).token_ids == model.generate([3, 4, 5], max_tokens=3).token_ids
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_a_folder_without_a_tokenizer_works_with_ids(copied):
         for prompt, options in (("text", {}), ([1], {"stop": "x"}), ([{"role": "user", "content": "x"}], {})):
             with pytest.raises(InputError, match=r"no (tokenizer|chat template)"):
                 model.generate(prompt, max_tokens=2, **options)
-        assert model.generate([1, 2, 3], max_tokens=4) .token_ids == completion.token_ids
+        assert model.generate([1, 2, 3], max_tokens=4).token_ids == completion.token_ids
 
 
 def test_what_device_and_threads_were_taken_is_said(tiny):

@@ -11,7 +11,17 @@ BANNED = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers")
 
 
 def test_the_public_names_are_these():
-    assert set(tfinfer.__all__) == {"Chunk", "Completion", "Model", "TfinferError", "Timings", "Usage", "__version__", "errors", "load"}
+    assert set(tfinfer.__all__) == {
+        "Chunk",
+        "Completion",
+        "Model",
+        "TfinferError",
+        "Timings",
+        "Usage",
+        "__version__",
+        "errors",
+        "load",
+    }
     for name in tfinfer.__all__:
         assert getattr(tfinfer, name) is not None
     with pytest.raises(AttributeError):

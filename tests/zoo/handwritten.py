@@ -22,7 +22,9 @@ class Base(nn.Module):
         self.tokens = nn.Embedding(VOCAB, DIM)
         self.qkv = nn.ModuleList(nn.Linear(DIM, 3 * DIM) for _ in range(2))
         self.out = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(2))
-        self.ffn = nn.ModuleList(nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)) for _ in range(2))
+        self.ffn = nn.ModuleList(
+            nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)) for _ in range(2)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(4))
         self.head = nn.Linear(DIM, VOCAB, bias=False)
 
@@ -164,7 +166,10 @@ class Rotary(Base):
         v = self.v[layer](x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         q, k = self.rotate(q), self.rotate(k)
         group = self.heads // self.kv_heads
-        k, v = (t[:, :, None].expand(B, self.kv_heads, group, T, self.head_dim).reshape(B, self.heads, T, -1) for t in (k, v))
+        k, v = (
+            t[:, :, None].expand(B, self.kv_heads, group, T, self.head_dim).reshape(B, self.heads, T, -1)
+            for t in (k, v)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return y.transpose(1, 2).reshape(B, T, -1)
 

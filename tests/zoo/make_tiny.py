@@ -24,8 +24,15 @@ def tokenizer() -> bytes:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|user|>", "<|assistant|>"]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    made.train_from_iterator(["the cat sat on the mat and the dog ran after the cat " * 4, "def main(): return 0\n" * 4], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(
+        ["the cat sat on the mat and the dog ran after the cat " * 4, "def main(): return 0\n" * 4], trainer
+    )
     return made.to_str().encode()
 
 

@@ -100,11 +100,18 @@ def main():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     ids, unseen = flat_ids(tokenizer, training), flat_ids(tokenizer, held_out)
-    print(f"{len(training)} files, {len(ids)} tokens, {sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    print(
+        f"{len(training)} files, {len(ids)} tokens, {sum(p.numel() for p in model.parameters())} parameters", flush=True
+    )
     train(model, ids, arguments.steps)
     tensors = {n: p.detach().contiguous() for n, p in model.named_parameters()}
     save_file(tensors, arguments.out / "model.safetensors")
-    report = {"steps": arguments.steps, "tokens": len(ids), "loss": loss_on(model, ids), "held_out_loss": loss_on(model, unseen)}
+    report = {
+        "steps": arguments.steps,
+        "tokens": len(ids),
+        "loss": loss_on(model, ids),
+        "held_out_loss": loss_on(model, unseen),
+    }
     (arguments.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(report)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def _prompt(prompt: str | None, ids: list[int] | None, chat: bool, system: str |
         return ids
     if prompt == "-":
         try:
-            prompt = click.get_text_stream("stdin", encoding="utf-8").read()
+            prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise InputError(f"stdin: expected a text in UTF-8: {error}") from error
     if not chat:

@@ -132,7 +132,9 @@ def _longest(sequence: Ids) -> Case:
     for _ in range(3):
         writer.step()
     # The full pass of a long sequence is large: its last rows, and a few along the way, say as much.
-    kept = [r for r in writer.case.rows if r.position >= len(sequence) - 12 or r.position % max(1, len(sequence) // 16) == 0]
+    kept = [
+        r for r in writer.case.rows if r.position >= len(sequence) - 12 or r.position % max(1, len(sequence) // 16) == 0
+    ]
     writer.case.rows = kept
     return writer.case
 
@@ -158,7 +160,9 @@ def run(decoder: Any, case: Case, all_rows: bool) -> Iterator[tuple[Row, npt.NDA
         cache.close()
 
 
-def _prefilled(decoder: Any, cache: Any, slot: int, call: Call, rows: list[Row], all_rows: bool) -> Iterator[tuple[Row, Any]]:
+def _prefilled(
+    decoder: Any, cache: Any, slot: int, call: Call, rows: list[Row], all_rows: bool
+) -> Iterator[tuple[Row, Any]]:
     count = len(call.ids)
     keep = count - min((r.row for r in rows), default=count - 1) if all_rows else 1
     logits = decoder.prefill(cache, slot, np.array(call.ids), keep=keep)  # (keep, num_logits)

@@ -19,7 +19,12 @@ BUDGET = 8 << 20
 Vectors = Mapping[Row, npt.NDArray[np.float32]]
 
 
-def save(path: Path, cases: Sequence[Case], expected: Sequence[Vectors], greedy: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> None:
+def save(
+    path: Path,
+    cases: Sequence[Case],
+    expected: Sequence[Vectors],
+    greedy: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+) -> None:
     """Write cases, the expected logits of as many rows as the budget allows, and greedy (prompt, continuation)."""
     width = next(iter(expected[0].values())).nbytes
     room = max(2 * len(cases), BUDGET // width) // len(cases)
@@ -51,7 +56,11 @@ def _last_rows(rows: Sequence[Row], room: int) -> list[Row]:
     if len(chosen) > room:
         chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, room).astype(int))]
     rest = [row for row in rows if row not in chosen]
-    spread = np.unique(np.linspace(0, len(rest) - 1, min(len(rest), room - len(chosen))).astype(int)) if rest and room > len(chosen) else []
+    spread = (
+        np.unique(np.linspace(0, len(rest) - 1, min(len(rest), room - len(chosen))).astype(int))
+        if rest and room > len(chosen)
+        else []
+    )
     picked = {*chosen, *(rest[i] for i in spread)}
     return [row for row in rows if row in picked]
 

@@ -23,7 +23,9 @@ class Cache:
     lengths: (slots,) int64, the positions that each *row* holds; use `length(slot)` for one slot.
     """
 
-    def __init__(self, specs: Sequence[CacheSpec], memory: HostMemory | CudaMemory, slots: int, capacity: int, longest: int) -> None:
+    def __init__(
+        self, specs: Sequence[CacheSpec], memory: HostMemory | CudaMemory, slots: int, capacity: int, longest: int
+    ) -> None:
         if slots < 1 or capacity < 1:
             raise InputError(f"expected at least one slot and one position, got {slots} and {capacity}")
         if capacity > longest:
@@ -105,7 +107,9 @@ class Cache:
     def grow(self, capacity: int) -> None:
         """Move every slot into buffers of at least `capacity` positions."""
         if capacity > self.longest:
-            raise LengthError(f"a cache of {capacity} positions is longer than the model's longest length, {self.longest}")
+            raise LengthError(
+                f"a cache of {capacity} positions is longer than the model's longest length, {self.longest}"
+            )
         capacity = min(-(-capacity // BLOCK) * BLOCK, self.longest)
         if capacity <= self.capacity:
             return

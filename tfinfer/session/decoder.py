@@ -47,8 +47,17 @@ class Decoder:
         """The graph has the inputs and outputs that the manifest says."""
         roles, cache = self.manifest.roles, self.manifest.cache
         found = {value.name for value in (*self._session.get_inputs(), *self._session.get_overridable_initializers())}
-        wanted = {roles.input_ids, roles.attention_mask, roles.position_ids, roles.logits_to_keep, *(e.past for e in cache)} - {None}
-        found_out, wanted_out = {v.name for v in self._session.get_outputs()}, {roles.logits, *(e.present for e in cache)}
+        wanted = {
+            roles.input_ids,
+            roles.attention_mask,
+            roles.position_ids,
+            roles.logits_to_keep,
+            *(e.past for e in cache),
+        } - {None}
+        found_out, wanted_out = (
+            {v.name for v in self._session.get_outputs()},
+            {roles.logits, *(e.present for e in cache)},
+        )
         if found != wanted or found_out != wanted_out:
             odd = sorted((found ^ wanted) | (found_out ^ wanted_out))  # type: ignore[operator, arg-type]
             raise IncompatibleModelError(f"the graph and the manifest disagree on {', '.join(map(str, odd[:8]))}")
@@ -71,7 +80,9 @@ class Decoder:
             raise InputError(f"expected ids that are whole numbers, got {array.dtype}")
         wrong = array[(array < 0) | (array >= self.manifest.vocab_size)]
         if wrong.size:
-            raise InputError(f"ids must be from 0 to {self.manifest.vocab_size - 1}, the model's vocabulary; got {int(wrong[0])}")
+            raise InputError(
+                f"ids must be from 0 to {self.manifest.vocab_size - 1}, the model's vocabulary; got {int(wrong[0])}"
+            )
         return np.ascontiguousarray(array, np.int64)
 
     # -- running ------------------------------------------------------------------------------------------------
@@ -82,10 +93,14 @@ class Decoder:
         """
         array = self.check_ids(ids)
         if not 1 <= keep <= len(array) or (keep > 1 and not self.manifest.all_rows):
-            raise InputError(f"cannot keep {keep} rows of logits of {len(array)} new positions; this model keeps {'1' if not self.manifest.all_rows else 'up to all'}")
+            raise InputError(
+                f"cannot keep {keep} rows of logits of {len(array)} new positions; this model keeps {'1' if not self.manifest.all_rows else 'up to all'}"
+            )
         before = cache.length(slot)
         if before + len(array) > self.manifest.max_length:
-            raise LengthError(f"{before} + {len(array)} positions are more than the model's longest length, {self.manifest.max_length}")
+            raise LengthError(
+                f"{before} + {len(array)} positions are more than the model's longest length, {self.manifest.max_length}"
+            )
         cache.reserve(slot, len(array))
         pieces = []
         try:
@@ -194,4 +209,6 @@ def check_runtime(manifest: Manifest) -> None:
     needed = tuple(int(part) for part in wanted.split(".") if part.isdigit())
     if installed[: len(needed)] < needed:
         have = ".".join(map(str, installed))
-        raise IncompatibleModelError(f"the graph needs onnxruntime {wanted} or newer, {have} is installed: pip install -U onnxruntime")
+        raise IncompatibleModelError(
+            f"the graph needs onnxruntime {wanted} or newer, {have} is installed: pip install -U onnxruntime"
+        )

@@ -95,7 +95,9 @@ class Batch:
             for row in rows:
                 self.cache.release(row.slot)
 
-    def _continue(self, rows: list[_Row], logits: Any, history: History, draws: list[np.random.Generator]) -> Iterator[Token]:
+    def _continue(
+        self, rows: list[_Row], logits: Any, history: History, draws: list[np.random.Generator]
+    ) -> Iterator[Token]:
         while rows:
             if self.cancel is not None and self.cancel.is_set():
                 yield from (Token(row.index, None, "cancelled") for row in rows)
@@ -135,7 +137,9 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, max_length:
     """The longest sequence of a request. Raises LengthError where it passes `max_length`."""
     longest = max(len(prompt) for prompt in prompts)
     if longest > max_length:
-        raise LengthError(f"a prompt of {longest} tokens is longer than the model's longest length, {max_length}: shorten it")
+        raise LengthError(
+            f"a prompt of {longest} tokens is longer than the model's longest length, {max_length}: shorten it"
+        )
     if longest + max_tokens > max_length:
         raise LengthError(
             f"a prompt of {longest} tokens and max_tokens={max_tokens} would pass the model's longest length, {max_length}: "

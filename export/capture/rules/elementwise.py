@@ -39,7 +39,9 @@ def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
     for i in range(len(shape)):
         back = len(shape) - i
         found = [t.axes[t.rank - back] for t in data if t.rank >= back and t.axes[t.rank - back]]
-        solid = [axis for axis in found if not any(a.repeat for a in axis)] or [a for axis in found[:1] for a in followed((axis,))]
+        solid = [axis for axis in found if not any(a.repeat for a in axis)] or [
+            a for axis in found[:1] for a in followed((axis,))
+        ]
         roles = {tuple(a.role for a in axis if a.role) for axis in found}
         if len(roles) > 1:
             raise refuse(node, f"new positions meet all positions along axis {i}")
@@ -55,14 +57,19 @@ def _unmatched(node: fx.Node, axis: int) -> Axis:
     raise refuse(node, f"a table over positions spreads along axis {axis}, where the data has none")
 
 
-def elementwise(f: Follower, node: fx.Node, operands: Sequence[Any], make: Make, compute: torch.dtype | None = None) -> Tensor:
+def elementwise(
+    f: Follower, node: fx.Node, operands: Sequence[Any], make: Make, compute: torch.dtype | None = None
+) -> Tensor:
     """Apply `make` to operands that are broadcast against each other and cast to `compute` (bool operands stay)."""
     dtype = node.meta["val"].dtype
     compute = compute or dtype
     lead = next(o for o in operands if isinstance(o, Tensor))
     alone = [o for o in operands if isinstance(o, (Tensor, fx.Node))] == [lead]
     if alone and node.meta["val"].dim() == lead.rank:  # scalars only: the layout does not matter
-        values = [_cast(f.emit, lead.value, lead.dtype, compute) if o is lead else _number(f.emit, o, compute) for o in operands]
+        values = [
+            _cast(f.emit, lead.value, lead.dtype, compute) if o is lead else _number(f.emit, o, compute)
+            for o in operands
+        ]
         return Tensor(make(f.emit, *values), lead.base, lead.axes, dtype)
     axes = broadcast(f, node, operands)
     parts = refined(axes)
@@ -229,7 +236,13 @@ LOGICAL = {
 }
 COMPARISONS = {
     name: op_type
-    for stem, op_type in (("eq", "Equal"), ("lt", "Less"), ("le", "LessOrEqual"), ("gt", "Greater"), ("ge", "GreaterOrEqual"))
+    for stem, op_type in (
+        ("eq", "Equal"),
+        ("lt", "Less"),
+        ("le", "LessOrEqual"),
+        ("gt", "Greater"),
+        ("ge", "GreaterOrEqual"),
+    )
     for name in (getattr(aten, stem).Tensor, getattr(aten, stem).Scalar)
 }
 

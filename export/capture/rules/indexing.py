@@ -12,7 +12,7 @@ from torch import fx
 from ..axes import Atom, Axes, Role, fixed, has
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, working
-from ..trace import aten, refuse
+from ..trace import arguments, aten, refuse
 from .elementwise import broadcast
 
 
@@ -32,9 +32,11 @@ def embedding(f: Follower, node: fx.Node, weight: fx.Node, ids: Any, *args: Any)
 
 
 @rule(aten.slice.Tensor)
-def slice_(f: Follower, node: fx.Node, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Tensor:
+def slice_(
+    f: Follower, node: fx.Node, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Tensor:
     dim %= x.rank
-    before, after = f.trace.shape(node.args[0])[dim], f.trace.shape(node)[dim]  # type: ignore[arg-type]
+    before, after = f.trace.shape(arguments(node)[0])[dim], f.trace.shape(node)[dim]
     if before == after:
         return x
     if any(a.role for a in x.axes[dim]):

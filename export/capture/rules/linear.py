@@ -15,7 +15,9 @@ from ..trace import aten, refuse
 from .elementwise import elementwise
 
 
-def times_weight(f: Follower, node: fx.Node, x: Tensor, weight: ir.Value, width: int, bias: ir.Value | None = None) -> Tensor:
+def times_weight(
+    f: Follower, node: fx.Node, x: Tensor, weight: ir.Value, width: int, bias: ir.Value | None = None
+) -> Tensor:
     """x (..., in) times weight (in, width), plus bias (width,)."""
     if any(a.role for a in x.axes[-1]):
         raise refuse(node, "sums over positions or rows with fixed weights")
@@ -32,11 +34,15 @@ def linear(f: Follower, node: fx.Node, x: Tensor, weight: fx.Node, bias: fx.Node
     if isinstance(weight, Tensor) or isinstance(bias, Tensor):
         raise refuse(node, "its weights are computed from the ids")
     matrix = f.constant(weight)  # (out, in)
-    return times_weight(f, node, x, f.parameter(weight, transposed=True), matrix.shape[0], None if bias is None else f.parameter(bias))
+    return times_weight(
+        f, node, x, f.parameter(weight, transposed=True), matrix.shape[0], None if bias is None else f.parameter(bias)
+    )
 
 
 @rule(aten.addmm.default)
-def addmm(f: Follower, node: fx.Node, bias: fx.Node, x: Tensor, weight: fx.Node, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+def addmm(
+    f: Follower, node: fx.Node, bias: fx.Node, x: Tensor, weight: fx.Node, *, beta: Any = 1, alpha: Any = 1
+) -> Tensor:
     if isinstance(bias, Tensor) or not f.is_constant(weight) or (beta, alpha) != (1, 1):
         raise refuse(node, "is followed as data times a weight plus a bias")
     return times_weight(f, node, x, f.parameter(weight), f.constant(weight).shape[1], f.parameter(bias))

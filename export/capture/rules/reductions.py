@@ -20,7 +20,11 @@ def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
     found = [d % x.rank for d in asked]
     for dim in found:
         if has(x.axes[dim], Role.QUERY):
-            raise refuse(node, "mixes positions: every token would see the ones behind it", "a causal mean is a masked matmul over the keys")
+            raise refuse(
+                node,
+                "mixes positions: every token would see the ones behind it",
+                "a causal mean is a masked matmul over the keys",
+            )
         if has(x.axes[dim], Role.BATCH):
             raise refuse(node, "mixes the rows of a batch")
     return found
@@ -60,7 +64,9 @@ def extreme(f: Follower, node: fx.Node, x: Tensor, dim: int, keepdim: bool = Fal
 
 
 @rule(aten.var.correction, aten.std.correction)
-def variance(f: Follower, node: fx.Node, x: Tensor, dims: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+def variance(
+    f: Follower, node: fx.Node, x: Tensor, dims: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> Tensor:
     found = over(f, node, x, dims)
     count = 1
     for dim in found:
@@ -100,20 +106,35 @@ def _features_last(f: Follower, node: fx.Node, x: Tensor, count: int) -> tuple[i
 
 @rule(aten.layer_norm.default)
 def layer_norm(
-    f: Follower, node: fx.Node, x: Tensor, shape: list[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+    f: Follower,
+    node: fx.Node,
+    x: Tensor,
+    shape: list[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *rest: Any,
 ) -> Tensor:
     value, lies = _features_last(f, node, x, len(shape))
-    scale = f.parameter(weight) if weight is not None else f.emit.shared(("ones", tuple(shape), x.dtype), torch.ones(shape, dtype=x.dtype), "ones")
+    scale = (
+        f.parameter(weight)
+        if weight is not None
+        else f.emit.shared(("ones", tuple(shape), x.dtype), torch.ones(shape, dtype=x.dtype), "ones")
+    )
     shift = f.parameter(bias) if bias is not None else None
     value = f.emit.op("LayerNormalization", value, scale, shift, axis=-len(shape), epsilon=float(eps))
     return Tensor(value, lies, x.axes, x.dtype)
 
 
 @rule(aten.rms_norm.default)
-def rms_norm(f: Follower, node: fx.Node, x: Tensor, shape: list[int], weight: Any = None, eps: float | None = None) -> Tensor:
+def rms_norm(
+    f: Follower, node: fx.Node, x: Tensor, shape: list[int], weight: Any = None, eps: float | None = None
+) -> Tensor:
     value, lies = _features_last(f, node, x, len(shape))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    mean = f.emit.op("ReduceMean", f.emit.op("Mul", value, value), f.emit.constant(list(range(-len(shape), 0))), keepdims=1)
+    mean = f.emit.op(
+        "ReduceMean", f.emit.op("Mul", value, value), f.emit.constant(list(range(-len(shape), 0))), keepdims=1
+    )
     root = f.emit.op("Sqrt", f.emit.op("Add", mean, f.emit.constant(torch.tensor(eps, dtype=x.dtype).numpy())))
     value = f.emit.op("Div", value, root)
     value = value if weight is None else f.emit.op("Mul", value, f.parameter(weight))

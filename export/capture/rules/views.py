@@ -66,7 +66,9 @@ def expand(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> 
 
 
 @rule(aten.repeat_interleave.self_int)
-def repeat_interleave(f: Follower, node: fx.Node, x: Tensor, repeats: int, dim: int | None = None, **kwargs: Any) -> Tensor:
+def repeat_interleave(
+    f: Follower, node: fx.Node, x: Tensor, repeats: int, dim: int | None = None, **kwargs: Any
+) -> Tensor:
     if dim is None or not isinstance(repeats, int):
         raise refuse(node, "is followed for a number of repeats along one axis")
     return _repeated(x, dim % x.rank, repeats, inside=True)

@@ -1,0 +1,122 @@
+"""Attention as one operator over a cache, once it is known what its heads, mask and bias are.
+
+`ort`: com.microsoft.GroupQueryAttention, past and present bound to one buffer. `standard`: TensorScatter and Attention
+of opset 24 over the same buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+
+from .axes import Axes, Axis, Role, flat
+from .emitter import CONTRIB
+from .follow import Follower, scatter
+from .scores import Pattern
+from .tables import ByDistance, PerKey, Square
+from .tensor import Tensor, laid_out
+
+HIDDEN_SCORE = -1e9  # finite: an operator that works in blocks makes NaN of a block of -inf
+
+
+@dataclass(frozen=True)
+class Side:
+    """Queries, keys or values: which atoms are heads (none of them a repeat) and which are features."""
+
+    tensor: Tensor
+    heads: Axis
+    dim: Axis
+
+
+def attend(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern, result: Axes) -> Tensor:
+    """Write attention in the flavor asked for, or in the next that can express it, and report which.
+
+    result: the axes of the module's own result, made of the atoms of the queries' heads and the values' features.
+    """
+    dim, v_dim = f.size(q.dim), f.size(v.dim)
+    name, why = ("Attention", "") if f.flavor == "standard" else ("GroupQueryAttention", "")
+    if name == "GroupQueryAttention" and (dim % 8 or dim != v_dim):
+        name = "Attention"
+        why = f"head size {dim} is not a multiple of 8" if dim % 8 else f"keys of size {dim}, values of size {v_dim}"
+    f.report_attention(name, str(pattern), why)
+    write = _group_query if name == "GroupQueryAttention" else _standard
+    value = write(f, q, k, v, pattern)  # (batch, seq, heads * v_dim)
+    atoms = flat(result)
+    batch, query = (next(a for a in atoms if a.role is role) for role in (Role.BATCH, Role.QUERY))
+    base: Axes = ((batch,), (query,), tuple(a for a in atoms if a.role is None))
+    return Tensor(value, base, result, q.tensor.dtype)
+
+
+def _rows_of(f: Follower, side: Side, four: bool) -> ir.Value:
+    """A side of attention as (batch, seq, heads * dim), or as (batch, heads, seq, dim)."""
+    atoms = flat(side.tensor.axes)
+    batch, query = (next(a for a in atoms if a.role is role) for role in (Role.BATCH, Role.QUERY))
+    axes: Axes = ((batch,), side.heads, (query,), side.dim) if four else ((batch,), (query,), (*side.heads, *side.dim))
+    return laid_out(f.emit, side.tensor, axes)
+
+
+def _bias(f: Follower, pattern: Pattern, window_too: bool) -> ir.Value | None:
+    """(batch or 1, heads or 1, seq, total): what is added to the scores."""
+    read = pattern.bias
+    if window_too and pattern.window is not None:
+        read = _with_window(pattern, pattern.window, f.max_length)
+    if read is None:
+        return None
+    table = read.table.clamp(min=HIDDEN_SCORE)
+    placed = f.place_square(type(read)(table), [1], 2, 3, torch.float32)
+    value = placed.arranged(f.emit, range(4), 0)
+    if 0 not in (0 if d == -1 else d for d in placed.dims):  # arranged() leaves leading axes of size 1 out
+        first = min(placed.dims)
+        value = f.emit.op("Unsqueeze", value, f.emit.constant(list(range(first))))
+    if isinstance(read, PerKey):  # the operators want every query row
+        parts = [f.emit.constant([1, table.shape[0]]), f.emit.size(Role.QUERY), f.emit.size(Role.KEY)]
+        value = f.emit.op("Expand", value, f.emit.op("Concat", *parts, axis=0))
+    return value
+
+
+def _with_window(pattern: Pattern, window: int, length: int) -> ByDistance | Square:
+    """The bias with what lies behind the window hidden in it, for an operator that has no window of its own."""
+    distance = torch.arange(-(length - 1), length)
+    hidden = torch.where(distance < window, 0.0, -torch.inf)
+    if pattern.bias is None:
+        return ByDistance(hidden[None])
+    if isinstance(pattern.bias, ByDistance):
+        return ByDistance(pattern.bias.table + hidden)
+    table = pattern.bias.table[..., None, :] if isinstance(pattern.bias, PerKey) else pattern.bias.table
+    behind = torch.arange(length)[:, None] - torch.arange(length) >= window
+    return Square(table.masked_fill(behind, -torch.inf))
+
+
+def _group_query(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> ir.Value:
+    """Source: com.microsoft.GroupQueryAttention, ContribOperators.md."""
+    rows = [_rows_of(f, side, four=False) for side in (q, k, v)]
+    past_key, key = f.entry("key", f.size(k.heads), f.size(k.dim), k.tensor.dtype, pattern.window)
+    past_value, value = f.entry("value", f.size(v.heads), f.size(v.dim), v.tensor.dtype, pattern.window)
+    bias = _bias(f, pattern, window_too=False)
+    optional = () if bias is None else (None, None, None, bias)  # cos_cache, sin_cache, position_ids
+    inputs = (*rows, past_key, past_value, f.emit.seqlens_k(), f.emit.total_length(), *optional)
+    sizes = {"num_heads": f.size(q.heads), "kv_num_heads": f.size(k.heads), "scale": pattern.scale}
+    if pattern.window is not None:
+        sizes["local_window_size"] = pattern.window
+    made = f.emit.multi("GroupQueryAttention", *inputs, outputs=3, domain=CONTRIB, **sizes)
+    f.present(key, made[1])
+    f.present(value, made[2])
+    return made[0]
+
+
+def _standard(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> ir.Value:
+    """Source: ai.onnx Attention-24 and TensorScatter-24; nonpad_kv_seqlen makes is_causal right for each row."""
+    valid = []
+    for name, side in (("key", k), ("value", v)):
+        past, entry = f.entry(name, f.size(side.heads), f.size(side.dim), side.tensor.dtype, pattern.window)
+        present = scatter(f.emit, past, _rows_of(f, side, four=True))
+        f.present(entry, present)
+        valid.append(f.valid(present))
+    lengths = f.emit.op("ReduceSum", f.emit.attention_mask(), f.emit.constant([1]), keepdims=0)
+    inputs = (_rows_of(f, q, four=True), *valid, _bias(f, pattern, window_too=True), None, None, lengths)
+    options = {"scale": pattern.scale, "is_causal": 1}
+    (out,) = f.emit.multi("Attention", *inputs, outputs=1, version=24, **options)  # (batch, heads, seq, v_dim)
+    moved = f.emit.op("Transpose", out, perm=[0, 2, 1, 3])
+    return f.emit.op("Reshape", moved, f.emit.constant([0, 0, -1]))
