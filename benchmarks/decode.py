@@ -46,8 +46,9 @@ class Logits(torch.nn.Module):
 def llama(s: Shape) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.ffn, num_hidden_layers=s.layers, num_attention_heads=s.heads,
-        num_key_value_heads=s.kv_heads, head_dim=s.head_dim, max_position_embeddings=8192, tie_word_embeddings=True,
+        vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.ffn, num_hidden_layers=s.layers,
+        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.head_dim,
+        max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -152,11 +153,11 @@ def main() -> None:
                 runs["ruler"] = Ruler(shape, a.prompt, a.new, threads).run
             result = summary(interleave(runs, a.rounds), a.prompt, "torch eager")
     for name, row in result.items():
-        decode, prefill = row["decode_ratio"], row["prefill_ratio"]
-        print(
-            f"{name:12s} decode {row['decode_tokens_per_s']:8.2f} tok/s, {decode[0]:.2f} x ({decode[1]:.2f} to {decode[2]:.2f})   "
-            f"prefill {row['prefill_tokens_per_s']:8.1f} tok/s, {prefill[0]:.2f} x ({prefill[1]:.2f} to {prefill[2]:.2f})"
-        )
+        columns = []
+        for kind in ("decode", "prefill"):
+            median, low, high = row[f"{kind}_ratio"]
+            columns.append(f"{kind} {row[f'{kind}_tokens_per_s']:8.2f} tok/s, {median:.2f} x ({low:.2f} to {high:.2f})")
+        print(f"{name:12s} {'   '.join(columns)}")
     asked = {"shape": a.shape, "prompt": a.prompt, "new": a.new, "rounds": a.rounds, "device": a.device, "dtype": dtype}
     print(json.dumps({**asked, "environment": environment(threads, a.device), "results": result}))
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from tfinfer.errors import InputError, ProofError, TfinferError
+from tfinfer.errors import IncompatibleModelError, InputError, ProofError, ProviderError
 from tfinfer.integrity import sha256
 from tfinfer.manifest import (
     FILE_NAME,
@@ -38,7 +38,8 @@ from tfinfer.version import __version__
 from .capture import Captured, capture
 from .folder import check_target, new_folder
 from .passes import half, pipeline
-from .report import ExportReport, summarise_attention
+from .report import ExportReport as ExportReport
+from .report import summarise_attention
 from .sources import Source
 from .sources.source import from_module
 from .verify import Reference
@@ -85,6 +86,12 @@ def export_model(
     check_target(target, overwrite)
     source = module if isinstance(module, Source) else from_module(module, Path(tokenizer) if tokenizer else None)
     return _Export(source, target, dtype, flavor, max_length, progress).run(overwrite)
+
+
+def _insist(verdict: Verdict) -> None:
+    if not verdict.passed:
+        told = "\n".join(verdict.lines())
+        raise ProofError(f"the graph does not compute what the module computes; nothing was written\n{told}")
 
 
 def check_max_length(max_length: int | None) -> None:
@@ -142,51 +149,55 @@ class _Export:
     # -- proof --------------------------------------------------------------------------------------------------
     def _prove(self, captured: Captured, draft: Manifest, folder: Path) -> tuple[tuple[Verdict, ...], ProofSpec]:
         """Prove the float32 graph strictly; then, for a half width, write it and measure what the width costs."""
-        reference = Reference(self.source.module, captured.all_rows)
-        cases = grid(captured.vocab_size, captured.max_length)
-        expected = [reference.expected(case) for case in cases]
-        prompt = np.random.default_rng(1).integers(0, captured.vocab_size, min(12, max(1, captured.max_length // 4)))
-        tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - len(prompt)))
-        golden.save(folder / golden.FILE_NAME, cases, expected, (prompt, tokens))
-        strict = self._verdict(draft, folder, "float32", cases, expected, (prompt, tokens))
-        verdicts, not_run = [strict], ""
+        expectations = self._expectations(captured)
+        golden.save(folder / golden.FILE_NAME, expectations)
+        verdicts, not_run = [self._verdict(draft, folder, "float32", expectations)], ""
+        _insist(verdicts[0])
         if self.dtype != "fp32":
             half.run(captured.model, DTYPES[self.dtype])
             (folder / "weights.bin").unlink()
             ir.save(captured.model, folder / "decoder.onnx", external_data="weights.bin")
-            narrow, not_run = self._narrow_verdict(captured, folder, cases, expected, (prompt, tokens))
+            narrow, not_run = self._narrow_verdict(captured, folder, expectations)
             verdicts += narrow
-        for verdict in verdicts:
-            if not verdict.passed:
-                raise ProofError(
-                    "the graph does not compute what the module computes; nothing was written\n"
-                    + "\n".join(verdict.lines())
-                )
         last = verdicts[-1]
-        return tuple(verdicts), ProofSpec(
-            last.device, last.measured(), last.greedy.identical, golden.FILE_NAME, not_run
-        )
+        _insist(last)
+        proof = ProofSpec(last.device, last.measured(), last.greedy.identical, golden.FILE_NAME, not_run)
+        return tuple(verdicts), proof
 
-    def _verdict(self, manifest: Manifest, folder: Path, dtype: str, *what: object, device: str = "cpu") -> Verdict:
+    def _expectations(self, captured: Captured) -> golden.Golden:
+        """What the module itself computes for every case."""
+        reference = Reference(self.source.module, captured.all_rows)
+        cases = grid(captured.vocab_size, captured.max_length)
+        expected = []
+        for case in cases:
+            self._progress(f"proof: PyTorch, {case.name}")
+            expected.append(reference.expected(case))
+        count = min(12, max(1, captured.max_length // 4))
+        prompt = np.random.default_rng(1).integers(0, captured.vocab_size, count)
+        tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - count))
+        return golden.Golden(cases, expected, prompt, tokens)
+
+    def _verdict(
+        self, manifest: Manifest, folder: Path, dtype: str, expectations: golden.Golden, device: str = "cpu"
+    ) -> Verdict:
         decoder = Decoder(manifest, folder, device=device)
         try:
-            return prove(decoder, dtype, *what, progress=lambda case: self._progress(f"proof: {case}"))  # type: ignore[arg-type]
+            return prove(decoder, dtype, expectations, lambda case: self._progress(f"proof: {case}"))
         finally:
             decoder.close()
 
-    def _narrow_verdict(self, captured: Captured, folder: Path, *what: object) -> tuple[list[Verdict], str]:
+    def _narrow_verdict(
+        self, captured: Captured, folder: Path, expectations: golden.Golden
+    ) -> tuple[list[Verdict], str]:
         """The proof of a half-width graph on the first device that runs it; none does for bfloat16 without CUDA."""
-        manifest = self._manifest(captured, folder)
+        manifest, dtype = self._manifest(captured, folder), NAMES[self.dtype]
         reasons = []
         for device in ("cuda", "cpu"):
             try:
-                return [self._verdict(manifest, folder, NAMES[self.dtype], *what, device=device)], ""
-            except TfinferError as error:
+                return [self._verdict(manifest, folder, dtype, expectations, device)], ""
+            except (ProviderError, IncompatibleModelError) as error:
                 reasons.append(f"{device}: {str(error).splitlines()[0].replace(f'{folder}{os.sep}', '')}")
-        return (
-            [],
-            f"proved in float32; not run as {NAMES[self.dtype]}, because no device here runs it ({'; '.join(reasons)})",
-        )
+        return [], f"proved in float32; not run as {dtype}, because no device here runs it ({'; '.join(reasons)})"
 
     # -- the folder ---------------------------------------------------------------------------------------------
     def _copy_text(self, folder: Path) -> None:
@@ -201,7 +212,7 @@ class _Export:
             )
 
     def _manifest(self, captured: Captured, folder: Path, proof: ProofSpec | None = None) -> Manifest:
-        """The manifest; without a proof it is a draft, for opening the graph before it is proved, and hashes nothing."""
+        """The manifest; without a proof it is a draft, for opening the graph before, and hashes nothing."""
         graph, source = captured.model.graph, self.source
         names = {value.name for value in graph.inputs}
         width = (
@@ -254,7 +265,8 @@ class _Export:
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    assert value.dtype is not None and value.shape is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
     dtype = "float32" if value.dtype is ir.DataType.FLOAT else value.dtype.name.lower()
     return TensorSpec(str(value.name), dtype, shape)

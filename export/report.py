@@ -33,7 +33,7 @@ class ExportReport:
     def notes(self) -> list[str]:
         """One line for what a user should know: what was not lowered and what it costs, what was not proved."""
         lines = [
-            f"{spec.count} of the attentions use {spec.operator} ({spec.pattern}): {spec.reason}; {COSTS[spec.operator]}"
+            f"{spec.count} x {spec.operator} ({spec.pattern}): {spec.reason}; {COSTS[spec.operator]}"
             for spec in self.manifest.attention
             if spec.reason
         ]

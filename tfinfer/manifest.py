@@ -171,8 +171,9 @@ class Manifest:
         for entry in self.cache:
             check(min(entry.num_kv_heads, entry.head_dim) > 0, f"cache entry {entry.past!r} has no size")
             check(entry.dtype in DTYPES, f"cache entry {entry.past!r} has the unknown dtype {entry.dtype!r}")
-        for name in [graph.file for graph in self.graphs.values()]:
-            check(name in self.files, f"{name!r} is not among its files")
+        text = (self.text.tokenizer, self.text.chat_template, self.text.generation_config, self.proof.golden)
+        for name in [*(graph.file for graph in self.graphs.values()), *text]:
+            check(name is None or name in self.files, f"{name!r} is not among its files")
         for name in self.files:
             check(is_plain_name(name), f"{name!r} is no plain file name")
 

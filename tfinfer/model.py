@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -237,8 +238,21 @@ class Model:
         return self._chunks(request)
 
     def _chunks(self, request: _Request) -> Iterator[Chunk]:
-        started = time.perf_counter()
+        """Borrow a cache for a request, and give it back however the request ends."""
         cache = self._borrow(len(request.prompts), request.capacity)
+        try:
+            yield from self._run(request, cache)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            cache.close()  # what it holds may be half written, or not finite
+            raise
+        finally:
+            if cache.buffers:
+                self._give_back(cache)
+
+    def _run(self, request: _Request, cache: Cache) -> Iterator[Chunk]:
+        started = time.perf_counter()
         batch = Batch(
             self.decoder,
             cache,
@@ -251,33 +265,23 @@ class Model:
         texts = [RowText(self.tokenizer, ids, request.stop) for ids in request.prompts]
         firsts: dict[int, float] = {}
         counts = [0] * len(texts)
-        tokens = batch.tokens()
-        try:
+        with contextlib.closing(batch.tokens()) as tokens:
             for token in tokens:
-                if texts[token.index].stopped:
+                row = token.index
+                if texts[row].stopped:
                     continue
                 now = time.perf_counter()
-                firsts.setdefault(token.index, now)
-                counts[token.index] += token.token_id is not None
-                text, reason = texts[token.index].push(token.token_id, token.finish_reason)
-                if reason == "stop":
-                    batch.finish(token.index)
-                usage = timings = None
-                if reason is not None:
-                    usage = Usage(len(request.prompts[token.index]), counts[token.index])
-                    timings = Timings(firsts[token.index] - started, now - firsts[token.index])
+                firsts.setdefault(row, now)
+                counts[row] += token.token_id is not None
+                text, reason = texts[row].push(token.token_id, token.finish_reason)
                 ids = () if token.token_id is None else (token.token_id,)
-                yield Chunk(token.index, text, ids, reason, token.logprobs, usage, timings)
-        except GeneratorExit:
-            raise
-        except BaseException:
-            tokens.close()
-            cache.close()  # what it holds may be half written or not finite
-            raise
-        finally:
-            tokens.close()
-            if cache.buffers:
-                self._give_back(cache)
+                if reason is None:
+                    yield Chunk(row, text, ids, None, token.logprobs)
+                    continue
+                batch.finish(row)
+                usage = Usage(len(request.prompts[row]), counts[row])
+                timings = Timings(firsts[row] - started, now - firsts[row])
+                yield Chunk(row, text, ids, reason, token.logprobs, usage, timings)
 
 
 class _Growing:
@@ -291,7 +295,9 @@ class _Growing:
 
     def completion(self, has_text: bool) -> Completion:
         last = self.chunks[-1]
-        assert last.finish_reason and last.usage and last.timings
+        assert last.finish_reason
+        assert last.usage
+        assert last.timings
         logprobs = tuple(c.logprobs for c in self.chunks if c.logprobs is not None)
         return Completion(
             text="".join(c.text for c in self.chunks if c.text) if has_text else None,

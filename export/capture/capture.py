@@ -21,7 +21,7 @@ from .rules.attention import lower_region
 from .tensor import Tensor, laid_out
 from .trace import Trace, arguments, aten, trace
 
-# The cache of a module that says no longest length, or says a very long one, is made and proved for this many positions.
+# The longest length of a module that names none, or a very long one: the proof runs at it, so it is not free.
 DEFAULT_MAX_LENGTH = 4096
 ROWWISE = {"MatMul", "Gemm", "Add", "Sub", "Mul", "Div", "Cast", "Tanh", "LayerNormalization"}
 
@@ -60,9 +60,15 @@ def capture(module: nn.Module, *, max_length: int | None = None, flavor: str = "
     emit.outputs.insert(0, emit.outputs.pop(emit.outputs.index(value)))
     model = emit.model("decoder", 24 if emit.needs_opset_24 else 21)
     return Captured(
-        model, follower.entries, follower.attention, _vocab_size(captured, follower), int(follower.symbols.product(logits.axes[-1])),
-        length, captured.longest, all_rows,
-    )  # fmt: skip
+        model=model,
+        entries=follower.entries,
+        attention=follower.attention,
+        vocab_size=_vocab_size(captured, follower),
+        num_logits=follower.size(logits.axes[-1]),
+        max_length=length,
+        module_length=captured.longest,
+        all_rows=all_rows,
+    )
 
 
 def _follow_all(f: Follower) -> None:
@@ -109,16 +115,16 @@ def _logits(captured: Trace, f: Follower) -> Tensor:
     candidates = [named["logits"]] if "logits" in named else found
     for node in candidates:
         value = f.values.get(node)
-        if (
-            isinstance(value, Tensor)
-            and value.dtype.is_floating_point
-            and value.rank in (2, 3)
-            and has(value.axes[0], Role.BATCH)
-        ):
-            if not any(a.role for a in value.axes[-1]) and value.axes[-1]:
-                return value
+        if isinstance(value, Tensor) and _looks_like_logits(value):
+            return value
     shapes = [captured.shape(n) for n in found] or "nothing that depends on the ids"
     raise CaptureError(f"the module returns {shapes}; expected logits of (batch, seq, vocab)")
+
+
+def _looks_like_logits(value: Tensor) -> bool:
+    if not value.dtype.is_floating_point or value.rank not in (2, 3) or not has(value.axes[0], Role.BATCH):
+        return False
+    return bool(value.axes[-1]) and not any(atom.role for atom in value.axes[-1])
 
 
 def _named_outputs(captured: Trace) -> dict[str, fx.Node]:
@@ -142,7 +148,7 @@ def _vocab_size(captured: Trace, f: Follower) -> int:
 
 
 def _declare_logits(f: Follower, logits: Tensor) -> tuple[ir.Value, bool]:
-    """The logits as (batch, kept, vocab) float32, of the last `logits_to_keep` rows where the module computes them all."""
+    """The logits as (batch, kept, vocab) float32; whether `logits_to_keep` chooses how many rows."""
     emit, axes = f.emit, logits.axes
     positions = axis_of(axes, Role.QUERY)
     batch = axes[0]
@@ -182,7 +188,7 @@ def keep_last_rows(emit: Emitter, value: ir.Value) -> ir.Value:
 
 
 def _only_operand(emit: Emitter, value: ir.Value) -> ir.Value | None:
-    """The one operand through which `value` depends on the ids, if its node works row by row and nobody else reads it."""
+    """The one operand through which `value` depends on the ids, if its node works row by row and reads it alone."""
     node = value.producer()
     if node is None or node.op_type not in ROWWISE:
         return None

@@ -35,7 +35,7 @@ def _lazy(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
     """A tensor as an initializer; a view that lies otherwise is only copied while it is written."""
     if tensor.is_contiguous():
         return TorchTensor(tensor, name=name)
-    shape = ir.Shape(tensor.shape)
+    shape = ir.Shape(tuple(tensor.shape))
     return ir.LazyTensor(lambda: TorchTensor(tensor.contiguous()), dtype=DTYPES[tensor.dtype], shape=shape, name=name)
 
 
@@ -64,7 +64,7 @@ class Emitter:
         array = array.reshape(np.shape(value))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            self._constants[key] = self._initializer(self._fresh("constant"), ir.Tensor(array))
+            self._constants[key] = self._initializer(self._fresh("constant"), ir.Tensor(array), array.shape)
         return self._constants[key]
 
     def weight(self, tensor: torch.Tensor, name: str) -> ir.Value:
@@ -75,12 +75,12 @@ class Emitter:
         """The initializer made before under `key`, or a new one with a name like `name`."""
         if key not in self._constants:
             name = self._fresh(name) if name in self.initializers or name == "table" else name
-            self._constants[key] = self._initializer(name, _lazy(tensor, name))
+            self._constants[key] = self._initializer(name, _lazy(tensor, name), tensor.shape)
         return self._constants[key]
 
-    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    def _initializer(self, name: str, tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.Value:
         tensor.name = name
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
         self.initializers[name] = value
         return value
 

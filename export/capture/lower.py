@@ -7,6 +7,7 @@ of opset 24 over the same buffer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -97,7 +98,7 @@ def _group_query(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> ir
     bias = _bias(f, pattern, window_too=False)
     optional = () if bias is None else (None, None, None, bias)  # cos_cache, sin_cache, position_ids
     inputs = (*rows, past_key, past_value, f.emit.seqlens_k(), f.emit.total_length(), *optional)
-    sizes = {"num_heads": f.size(q.heads), "kv_num_heads": f.size(k.heads), "scale": pattern.scale}
+    sizes: dict[str, Any] = {"num_heads": f.size(q.heads), "kv_num_heads": f.size(k.heads), "scale": pattern.scale}
     if pattern.window is not None:
         sizes["local_window_size"] = pattern.window
     made = f.emit.multi("GroupQueryAttention", *inputs, outputs=3, domain=CONTRIB, **sizes)
@@ -116,7 +117,7 @@ def _standard(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> ir.Va
         valid.append(f.valid(present))
     lengths = f.emit.op("ReduceSum", f.emit.attention_mask(), f.emit.constant([1]), keepdims=0)
     inputs = (_rows_of(f, q, four=True), *valid, _bias(f, pattern, window_too=True), None, None, lengths)
-    options = {"scale": pattern.scale, "is_causal": 1}
+    options: dict[str, Any] = {"scale": pattern.scale, "is_causal": 1}
     (out,) = f.emit.multi("Attention", *inputs, outputs=1, version=24, **options)  # (batch, heads, seq, v_dim)
     moved = f.emit.op("Transpose", out, perm=[0, 2, 1, 3])
     return f.emit.op("Reshape", moved, f.emit.constant([0, 0, -1]))

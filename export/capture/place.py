@@ -92,7 +92,7 @@ def gather_by_distance(
 
 
 def gather_square(emit: Emitter, table: torch.Tensor, rest: Sequence[int], query: int, key: int) -> Placed:
-    """table: (..., length, length) -> (batch, seq, total, ...): its rows at the new positions, its columns up to total."""
+    """table: (..., length, length) -> (batch, seq, total, ...): rows at the new positions, columns up to total."""
     rank = table.dim()
     rows, kept = _squeezed(table, [rank - 2, rank - 1])
     gathered = emit.op("Gather", _table(emit, rows), emit.position_ids(), axis=0)

@@ -36,7 +36,7 @@ class Positional:
         self.length = 0
         self._values: dict[fx.Node, Any] = {}
         self._of_length: dict[int, dict[fx.Node, Any]] = {}
-        self._rules: dict[Any, Callable[..., torch.Tensor]] = {
+        self._rules: dict[Any, Callable[..., torch.Tensor | None]] = {
             aten.arange.default: self._arange,
             aten.arange.start: self._arange,
             aten.arange.start_step: self._arange,
@@ -211,7 +211,7 @@ def longest_length(positional: Positional, nodes: Sequence[fx.Node], wanted: int
         high = low
     if wanted is not None and high < wanted:
         raise CaptureError(
-            f"the module allows sequences of at most {high} tokens, {wanted} were asked for: give --max-length {high} or less"
+            f"the module allows at most {high} tokens, {wanted} were asked for: give --max-length {high} or less"
         )
     return high
 

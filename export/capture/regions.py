@@ -35,12 +35,13 @@ class Region:
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two factors of a product."""
     if node.target is aten.einsum.default:
-        factors = arguments(node)[1]
-        return (factors[0], factors[1]) if len(factors) == 2 else (None, None)
+        return arguments(node)[1][0], arguments(node)[1][-1]
     return arguments(node)[-2], arguments(node)[-1]
 
 
 def is_product(trace: Trace, node: fx.Node) -> bool:
+    if node.target is aten.einsum.default and len(arguments(node)[1]) != 2:
+        return False
     return node.target in PRODUCTS and all(o in trace.data for o in operands(node))
 
 

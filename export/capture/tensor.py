@@ -136,7 +136,7 @@ def _runs(atoms: list[Atom], other: list[Atom]) -> list[Axis]:
 
 
 def working(emitter: Emitter, tensor: Tensor, order: Sequence[int] | None = None) -> tuple[ir.Value, list[int]]:
-    """The value with one dimension per logical axis, in `order` (by default the base's own, which costs no Transpose)."""
+    """The value with one dimension per logical axis, in `order`; the base's own, by default, costs no Transpose."""
     order = tensor.order() if order is None else list(order)
     return laid_out(emitter, tensor, tuple(tensor.axes[i] for i in order)), order
 

@@ -97,7 +97,7 @@ def where(node: fx.Node) -> str:
 
 
 def refuse(node: fx.Node, why: str, instead: str = "") -> CaptureError:
-    """The error for a node that cannot be followed: the operation, what is wrong with it, where it stands, what to do."""
+    """The error for a node that cannot be followed: operation, what is wrong, where it stands, what to do."""
     advice = f"; {instead}" if instead else ""
     return CaptureError(f"{node.target}: {why}, {where(node)}{advice}")
 

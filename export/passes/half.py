@@ -104,13 +104,12 @@ class _Conversion:
 
     def _narrowed(self, value: ir.Value) -> ir.Value:
         if value not in self.narrow:
-            tensor = value.const_value
+            tensor, shape = value.const_value, value.shape
             assert tensor is not None
+            assert shape is not None
             name = f"{value.name}_{self.dtype.name.lower()}"
-            made = ir.LazyTensor(
-                narrowing(tensor, self.dtype), dtype=self.dtype, shape=ir.Shape(tensor.shape), name=name
-            )
-            new = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=ir.Shape(tensor.shape), const_value=made)
+            made = ir.LazyTensor(narrowing(tensor, self.dtype), dtype=self.dtype, shape=shape, name=name)
+            new = ir.Value(name=name, type=ir.TensorType(self.dtype), shape=shape, const_value=made)
             self.graph.initializers[name] = new
             self.narrow[value], self.types[new] = new, self.dtype
         return self.narrow[value]

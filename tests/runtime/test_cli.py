@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import logging
-import shutil
 import subprocess
 import sys
 import warnings
@@ -50,26 +49,21 @@ def on_folder(command: str, folder: Path) -> list[object]:
     return [command, folder, *{"generate": ["a"], "inspect": ["--check"]}.get(command, [])]
 
 
-@pytest.fixture
-def copy(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the folder, to be damaged."""
-    return Path(shutil.copytree(tiny, tmp_path / "copy"))
-
-
 def edit(folder: Path, **changes: object) -> None:
     path = folder / "tfinfer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
-def ids_only(copy: Path) -> Path:
+def ids_only(copied: Path) -> Path:
     """The folder without its tokenizer."""
-    files = json.loads((copy / "tfinfer.json").read_text())["files"]
-    del files["tokenizer.json"]
+    files = json.loads((copied / "tfinfer.json").read_text())["files"]
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        del files[name]
+        (copied / name).unlink()
     text = {"tokenizer": None, "chat_template": None, "generation_config": None, "special_tokens": {}}
-    edit(copy, files=files, text=text)
-    (copy / "tokenizer.json").unlink()
-    return copy
+    edit(copied, files=files, text=text)
+    return copied
 
 
 # -- the group ----------------------------------------------------------------------------------------------------
@@ -84,10 +78,9 @@ def test_help_lists_every_command_with_its_own_help() -> None:
 
 
 def test_help_imports_neither_numpy_nor_what_is_heavier() -> None:
-    code = "import sys; from tfinfer.cli.main import main; sys.argv = ['tfinfer', '--help']\ntry: main()\nexcept SystemExit: pass"
-    code += (
-        "\nheavy = {'numpy', 'onnxruntime', 'tokenizers', 'torch', 'onnx'} & set(sys.modules); assert not heavy, heavy"
-    )
+    heavy = "{'numpy', 'onnxruntime', 'tokenizers', 'torch', 'onnx'} & set(sys.modules)"
+    code = "from tfinfer.cli.main import main\ntry: main()\nexcept SystemExit: pass"
+    code = f"import sys; sys.argv = ['tfinfer', '--help']; {code}\nassert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -152,29 +145,29 @@ def test_a_missing_folder_is_exit_3(command: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ON_FOLDERS)
-def test_a_damaged_folder_is_exit_3_and_names_the_file(command: str, copy: Path) -> None:
-    weights = next(copy.glob("weights*"))
+def test_a_damaged_folder_is_exit_3_and_names_the_file(command: str, copied: Path) -> None:
+    weights = next(copied.glob("weights*"))
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
-    line = run_bad(3, *on_folder(command, copy))
+    line = run_bad(3, *on_folder(command, copied))
     assert weights.name in line
     assert "SHA-256" in line
     weights.write_bytes(data[:-1])
-    assert weights.name in run_bad(3, *on_folder(command, copy))
+    assert weights.name in run_bad(3, *on_folder(command, copied))
     weights.unlink()
-    assert "missing" in run_bad(3, *on_folder(command, copy))
+    assert "missing" in run_bad(3, *on_folder(command, copied))
 
 
 @pytest.mark.parametrize(
     "change, said",
     [({"format_version": 99}, "newer"), ({"kind": "teapot"}, "teapot"), ({"cache": 5}, "cache"), ({"x": 1}, "x")],
 )
-def test_a_wrong_manifest_is_exit_3(copy: Path, change: dict[str, object], said: str) -> None:
-    edit(copy, **change)
-    assert said in run_bad(3, "inspect", copy)
-    (copy / "tfinfer.json").write_text("{")
-    assert "JSON" in run_bad(3, "inspect", copy)
+def test_a_wrong_manifest_is_exit_3(copied: Path, change: dict[str, object], said: str) -> None:
+    edit(copied, **change)
+    assert said in run_bad(3, "inspect", copied)
+    (copied / "tfinfer.json").write_text("{")
+    assert "JSON" in run_bad(3, "inspect", copied)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +290,6 @@ def test_auto_says_what_it_took(tiny: Path) -> None:
         (["a", "--stop", ""], "stop"),
         (["a", "--device", "teapot"], "teapot"),
         (["a", "--threads", "0"], "threads"),
-        (["a", "--chat"], "chat template"),
         (["a", "--system", "b"], "--chat"),
         (["--ids", "1", "--chat"], "--ids"),
     ],
@@ -311,16 +303,16 @@ def test_stdin_that_is_no_text_is_refused(tiny: Path) -> None:
     assert "UTF-8" in run_bad(2, "generate", tiny, "-", input=b"\xff\xfe")
 
 
-def test_chat_renders_the_folders_template(copy: Path) -> None:
-    data = json.loads((copy / "tfinfer.json").read_text())
-    (copy / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}")
-    edit(copy, text=data["text"] | {"chat_template": "chat_template.jinja"})
-    same = ["--max-tokens", 3, "--stop-ids", "", "--json"]
-    chat = json.loads(run_ok("generate", copy, "b", "--chat", "--system", "a", *same))
-    plain = json.loads(run_ok("generate", copy, "s:a;u:b;", *same))
-    assert chat["token_ids"] == plain["token_ids"]
-    assert chat["usage"] == plain["usage"]
-    assert run_ok("generate", copy, "b", "--chat")
+def test_chat_renders_the_folders_template(tiny: Path, ids_only: Path) -> None:
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    with tfinfer.load(tiny, threads=1) as model:
+        expected = model.generate(messages, max_tokens=3, stop_ids=[])
+    given = ["--max-tokens", 3, "--stop-ids", "", "--threads", 1]
+    found = json.loads(run_ok("generate", tiny, "b", "--chat", "--system", "a", *given, "--json"))
+    assert found["token_ids"] == list(expected.token_ids)
+    assert found["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+    assert run_ok("generate", tiny, "b", "--chat", "--stop-ids", "")
+    assert "chat template" in run_bad(2, "generate", ids_only, "b", "--chat")
 
 
 # -- verify, bench, doctor ----------------------------------------------------------------------------------------

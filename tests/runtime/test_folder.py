@@ -1,4 +1,4 @@
-"""Manifest and files of a folder that is cut, changed, made for others, or hostile: an error that names what is wrong."""
+"""A folder that is cut, changed, made for others, or hostile: an error that names what is wrong."""
 
 import dataclasses
 import hashlib
@@ -104,6 +104,10 @@ def test_an_older_runtime_than_the_graph_needs_says_both_versions(copied):
         (lambda d: d["cache"][0].update(num_kv_heads=-1), "has no size"),
         (lambda d: d["cache"][0].update(dtype="float7"), "float7"),
         (lambda d: d["graphs"]["decoder"].update(file="other.onnx"), "not among its files"),
+        (lambda d: d["text"].update(tokenizer="../tokenizer.json"), "not among its files"),
+        (lambda d: d["text"].update(chat_template="/etc/hostname"), "not among its files"),
+        (lambda d: d["text"].update(generation_config="../x.json"), "not among its files"),
+        (lambda d: d["proof"].update(golden="../golden.npz"), "not among its files"),
         (lambda d: d["files"].update({"../x": {"sha256": "", "bytes": 1}}), "no plain file name"),
         (lambda d: d.pop("format_version"), "format_version"),
     ],

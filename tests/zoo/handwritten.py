@@ -197,6 +197,18 @@ class OddHeads(Rotary):
         super().__init__(head_dim=10)
 
 
+class Tiled(Rotary):
+    """Key heads repeated as a whole (`repeat`), so that neighbouring query heads have different ones."""
+
+    def attend(self, x, layer):
+        B, T, _ = x.shape
+        q = self.rotate(self.q[layer](x).view(B, T, self.heads, self.head_dim).transpose(1, 2))
+        k = self.rotate(self.k[layer](x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2))
+        v = self.v[layer](x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        k, v = (t.repeat(1, self.heads // self.kv_heads, 1, 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
+
+
 class Einsum(Learned):
     """`einsum` throughout, heads behind the positions."""
 
@@ -296,7 +308,7 @@ class Pair(Learned):
 MODULES = {
     c.__name__: c
     for c in (
-        Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum, Folded, SoftCap,
-        Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair,
+        Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
+        Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled,
     )
 }  # fmt: skip

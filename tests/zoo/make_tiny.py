@@ -16,7 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tfinfer.export import export_model
 from tfinfer.export.sources.source import from_module
 
-TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def tokenizer() -> bytes:
@@ -42,9 +45,13 @@ def main(out: Path) -> None:
     handwritten.VOCAB = Tokenizer.from_str(text.decode()).get_vocab_size()
     module = handwritten.Rotary()
     source = replace(
-        from_module(module), tokenizer=text, chat_template=TEMPLATE, bos_id=None, eos_ids=(0,), special_tokens={"eos_token": "<|endoftext|>"},
+        from_module(module),
+        tokenizer=text,
+        chat_template=TEMPLATE,
+        eos_ids=(0,),
+        special_tokens={"eos_token": "<|endoftext|>"},
         generation_config={"eos_token_id": 0},
-    )  # fmt: skip
+    )
     report = export_model(source, out, max_length=96, overwrite=True)
     print(*report.verdicts[0].lines(), sep="\n")
 

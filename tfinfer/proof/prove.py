@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from tfinfer.errors import CorruptModelError
 from tfinfer.manifest import ProofCase
-from tfinfer.proof import golden
 from tfinfer.proof.cases import Case, run
 from tfinfer.proof.compare import Difference, tie
+from tfinfer.proof.golden import Golden, Vectors, load
 
 Ids = npt.NDArray[np.int64]
 GREEDY_TOKENS = 64
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Verdict:
         return [*map(str, self.cases), f"greedy: {g.identical} of {g.compared} tokens are PyTorch's{ties}: {verdict}"]
 
 
-def compare_case(decoder: Any, case: Case, expected: golden.Vectors, dtype: str, all_rows: bool) -> Difference:
+def compare_case(decoder: Any, case: Case, expected: Vectors, dtype: str, all_rows: bool) -> Difference:
     """Run one case; every expected row must come."""
     difference = Difference(dtype, case.name)
     for row, logits in run(decoder, case, all_rows):
@@ -84,24 +85,21 @@ def compare_greedy(decoder: Any, prompt: Ids, tokens: Ids) -> Greedy:
         cache.close()
 
 
-def prove(
-    decoder: Any, dtype: str, cases: Sequence[Case], expected: Sequence[golden.Vectors], greedy: tuple[Ids, Ids],
-    progress: Callable[[str], None] = lambda name: None,
-) -> Verdict:  # fmt: skip
-    """Run every case on `decoder`."""
+def prove(decoder: Any, dtype: str, golden: Golden, progress: Progress = lambda name: None) -> Verdict:
+    """Run every case on `decoder`, an open `Decoder`, and compare."""
     all_rows = decoder.manifest.all_rows
     differences = []
-    for case, vectors in zip(cases, expected):
+    for case, vectors in zip(golden.cases, golden.expected):
         progress(case.name)
         differences.append(compare_case(decoder, case, vectors, dtype, all_rows))
     progress("greedy tokens")
-    return Verdict(decoder.device, dtype, tuple(differences), compare_greedy(decoder, *greedy))
+    greedy = compare_greedy(decoder, golden.prompt, golden.tokens)
+    return Verdict(decoder.device, dtype, tuple(differences), greedy)
 
 
-def verify_folder(decoder: Any, folder: Path, progress: Callable[[str], None] = lambda name: None) -> Verdict:
+def verify_folder(decoder: Any, folder: Path, progress: Progress = lambda name: None) -> Verdict:
     """Prove a folder again from its golden file, without torch. Raises CorruptModelError where it has none."""
     manifest = decoder.manifest
     if manifest.proof.golden is None:
         raise CorruptModelError(f"{folder}: has no golden file, so it cannot prove itself: export it again")
-    cases, expected, greedy = golden.load(folder / manifest.proof.golden)
-    return prove(decoder, manifest.dtype, cases, expected, greedy, progress)
+    return prove(decoder, manifest.dtype, load(folder / manifest.proof.golden), progress)

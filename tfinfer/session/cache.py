@@ -97,7 +97,7 @@ class Cache:
         return target
 
     def reserve(self, slot: int, positions: int) -> None:
-        """Make room for `positions` more in a slot, by growing if need be. Raises LengthError past the longest length."""
+        """Make room for `positions` more in a slot. Raises LengthError past the longest length."""
         needed = self.length(slot) + positions
         if needed > self.longest:
             raise LengthError(f"{needed} positions are more than the model's longest length, {self.longest}")

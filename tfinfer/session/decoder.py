@@ -46,21 +46,15 @@ class Decoder:
     def _check_signature(self) -> None:
         """The graph has the inputs and outputs that the manifest says."""
         roles, cache = self.manifest.roles, self.manifest.cache
-        found = {value.name for value in (*self._session.get_inputs(), *self._session.get_overridable_initializers())}
-        wanted = {
-            roles.input_ids,
-            roles.attention_mask,
-            roles.position_ids,
-            roles.logits_to_keep,
-            *(e.past for e in cache),
-        } - {None}
-        found_out, wanted_out = (
-            {v.name for v in self._session.get_outputs()},
-            {roles.logits, *(e.present for e in cache)},
-        )
-        if found != wanted or found_out != wanted_out:
-            odd = sorted((found ^ wanted) | (found_out ^ wanted_out))  # type: ignore[operator, arg-type]
-            raise IncompatibleModelError(f"the graph and the manifest disagree on {', '.join(map(str, odd[:8]))}")
+        session = self._session
+        found = {
+            v.name for v in (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
+        }
+        optional = [name for name in (roles.position_ids, roles.logits_to_keep) if name is not None]
+        wanted = {roles.input_ids, roles.attention_mask, roles.logits, *optional}
+        wanted |= {name for entry in cache for name in (entry.past, entry.present)}
+        if odd := sorted(found ^ wanted):
+            raise IncompatibleModelError(f"the graph and the manifest disagree on {', '.join(odd[:8])}")
 
     def close(self) -> None:
         """Let the graph go; calls after this raise ClosedError."""
@@ -92,15 +86,12 @@ class Decoder:
         Raises InputError for wrong ids and LengthError past the model's longest length; the cache is then as it was.
         """
         array = self.check_ids(ids)
-        if not 1 <= keep <= len(array) or (keep > 1 and not self.manifest.all_rows):
-            raise InputError(
-                f"cannot keep {keep} rows of logits of {len(array)} new positions; this model keeps {'1' if not self.manifest.all_rows else 'up to all'}"
-            )
-        before = cache.length(slot)
-        if before + len(array) > self.manifest.max_length:
-            raise LengthError(
-                f"{before} + {len(array)} positions are more than the model's longest length, {self.manifest.max_length}"
-            )
+        most = len(array) if self.manifest.all_rows else 1
+        if not 1 <= keep <= most:
+            raise InputError(f"expected keep to be from 1 to {most} for {len(array)} positions, got {keep}")
+        before, longest = cache.length(slot), self.manifest.max_length
+        if before + len(array) > longest:
+            raise LengthError(f"{before} + {len(array)} positions are more than the model's longest length, {longest}")
         cache.reserve(slot, len(array))
         pieces = []
         try:
@@ -111,7 +102,8 @@ class Decoder:
         except Exception:
             cache.rewind(slot, before)
             raise
-        return np.concatenate(pieces)[-keep:] if len(pieces) > 1 else pieces[0]
+        kept: Logits = np.concatenate(pieces)[-keep:]
+        return kept
 
     def _append(self, cache: Cache, slot: int, ids: Ids, keep: int) -> Logits:
         row = cache.row(slot)
@@ -124,12 +116,12 @@ class Decoder:
         if roles.logits_to_keep is not None:
             value = onnxruntime().OrtValue.ortvalue_from_numpy(np.array([keep], np.int64))
             binding.bind_ortvalue_input(roles.logits_to_keep, value)
-        logits = np.empty((1, keep, self.manifest.num_logits), np.float32)
+        logits: Logits = np.empty((1, keep, self.manifest.num_logits), np.float32)
         binding.bind_output(roles.logits, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self._bind_cache(binding, cache, row, 1)
         self._run(binding)
         cache.lengths[row] += len(ids)
-        return logits[0]
+        return logits.reshape(keep, -1)
 
     def step(self, cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids) -> Logits:
         """Append one id to each of `slots`; returns their logits, (slots, num_logits), valid until the next step.

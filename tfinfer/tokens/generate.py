@@ -6,7 +6,7 @@ Anything with `open_cache`, `prefill` and `step` will do as a decoder, so that t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -80,7 +80,7 @@ class Batch:
         """End a prompt before its next token."""
         self._ended.add(index)
 
-    def tokens(self) -> Iterator[Token]:
+    def tokens(self) -> Generator[Token]:
         """The tokens of all prompts in the order in which they are made."""
         rows: list[_Row] = []
         try:
@@ -142,7 +142,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, max_length:
         )
     if longest + max_tokens > max_length:
         raise LengthError(
-            f"a prompt of {longest} tokens and max_tokens={max_tokens} would pass the model's longest length, {max_length}: "
-            f"max_tokens may be at most {max_length - longest}"
+            f"a prompt of {longest} tokens and max_tokens={max_tokens} would pass the model's longest length, "
+            f"{max_length}: max_tokens may be at most {max_length - longest}"
         )
     return longest + max_tokens

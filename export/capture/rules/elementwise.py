@@ -214,7 +214,7 @@ def reversed_sub(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
     return elementwise(f, node, [y, x], _named("Sub"))
 
 
-BINARY = {
+BINARY: dict[Any, str] = {
     aten.mul.Tensor: "Mul",
     aten.mul.Scalar: "Mul",
     aten.maximum.default: "Max",
@@ -225,7 +225,7 @@ BINARY = {
     aten.pow.Tensor_Scalar: "Pow",
     aten.pow.Scalar: "Pow",
 }
-LOGICAL = {
+LOGICAL: dict[Any, str] = {
     aten.logical_and.default: "And",
     aten.bitwise_and.Tensor: "And",
     aten.__and__.Tensor: "And",
@@ -234,7 +234,7 @@ LOGICAL = {
     aten.__or__.Tensor: "Or",
     aten.logical_xor.default: "Xor",
 }
-COMPARISONS = {
+COMPARISONS: dict[Any, str] = {
     name: op_type
     for stem, op_type in (
         ("eq", "Equal"),

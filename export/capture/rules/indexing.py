@@ -1,4 +1,4 @@
-"""Operations that take, cut or join: along any axis but that of positions, of which only all or the last may be taken."""
+"""Operations that take, cut or join, along any axis; of positions only all or the last may be taken."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ def broadcast_of(f: Follower, node: fx.Node, tensors: list[Tensor], dim: int) ->
 
 @rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
 def like(f: Follower, node: fx.Node, x: Tensor, value: Any = None, **kwargs: Any) -> Tensor:
-    number = {aten.zeros_like.default: 0, aten.ones_like.default: 1}.get(node.target, value)
+    numbers: dict[Any, Any] = {aten.zeros_like.default: 0, aten.ones_like.default: 1}
+    number = numbers.get(node.target, value)
     dtype = node.meta["val"].dtype
     constant = f.emit.constant(torch.tensor(number, dtype=dtype).numpy())
     shape = f.emit.op("Shape", x.value)

@@ -30,7 +30,7 @@ def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
     return found
 
 
-REDUCTIONS = {
+REDUCTIONS: dict[Any, str] = {
     aten.mean.dim: "ReduceMean",
     aten.sum.dim_IntList: "ReduceSum",
     aten.amax.default: "ReduceMax",
