@@ -9,6 +9,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch.export import Dim
 from tfinfer.errors import CaptureError
 
 aten = torch.ops.aten
+TORCH = str(Path(torch.__file__).parent)
 
 # Sizes above 1 and different from each other: torch.export pins sizes 0 and 1, and equal sizes look related.
 TRACED_BATCH, TRACED_SEQ = 2, 11
@@ -89,10 +91,11 @@ def where(node: fx.Node) -> str:
     path = path.replace("L['self'].", "").removeprefix("L['self']")
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    own = [i for i in frames if TORCH not in lines[i]]  # the innermost line that is not torch's
     place = ""
-    if frames:
-        code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
-        place = f" at {lines[frames[-1]].removeprefix('File ')}: {code}"
+    for i in (own or frames)[-1:]:
+        code = lines[i + 1] if i + 1 < len(lines) else ""
+        place = f" at {lines[i].removeprefix('File ')}: {code}"
     return f"in {path or 'the module itself'}{place}"
 
 
@@ -147,6 +150,6 @@ def explain(error: Exception) -> str:
     """The lines of a torch.export error that help its reader, in one line."""
     text = str(error).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    source = [line for line in lines if line.startswith("File ") and "/torch/" not in line]
+    source = [line for line in lines if line.startswith("File ") and TORCH not in line]
     kept = [*lines[:2], *source[-1:]]
     return f"{type(error).__name__}: {' '.join(kept)}"[:600]

@@ -54,7 +54,8 @@ def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
 
 
 def _unmatched(node: fx.Node, axis: int) -> Axis:
-    raise refuse(node, f"a table over positions spreads along axis {axis}, where the data has none")
+    why = f"a table over positions spreads along axis {axis}, where the data has none"
+    raise refuse(node, why, "a mask that is a function of the length alone would work")
 
 
 def elementwise(
