@@ -48,8 +48,9 @@ DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVORS = ("ort", "standard")
 KINDS = ("auto", "decoder")
-# The oldest onnxruntime that runs the operators of an opset (measured: see CHANGELOG).
-LEAST_RUNTIME = {21: "1.20", 24: "1.25"}
+# The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step of
+# Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 a window of GroupQueryAttention is one off.
+LEAST_RUNTIME = {"Attention": "1.28", "TensorScatter": "1.25", "": "1.24"}
 Progress = Callable[[str], None]
 
 
@@ -220,7 +221,7 @@ class _Export:
             if not any(v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for v in graph.inputs)
             else NAMES[self.dtype]
         )
-        opset = dict(graph.opset_imports)
+        opset, operators = dict(graph.opset_imports), {node.op_type for node in graph}
         return Manifest(
             format_version=FORMAT_VERSION,
             kind="decoder",
@@ -248,7 +249,7 @@ class _Export:
             attention=summarise_attention(captured.attention),
             token_ids=TokenIds(source.bos_id, source.eos_ids, source.pad_id),
             text=self._text(),
-            requires={"onnxruntime": LEAST_RUNTIME[opset[""]]},
+            requires={"onnxruntime": next(v for op, v in LEAST_RUNTIME.items() if op in operators or not op)},
             source=SourceSpec(source.kind, source.reference, {"tfinfer": __version__, **source.versions}, _now()),
             files={p.name: FileSpec(sha256(p) if proof else "", p.stat().st_size) for p in sorted(folder.iterdir())},
             proof=proof or ProofSpec("cpu", (), 0),

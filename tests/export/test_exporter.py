@@ -43,6 +43,13 @@ def test_the_graph_passes_the_checker_and_has_the_opset_it_says(tmp_path):
     assert graph.ir_version <= 10
 
 
+@pytest.mark.parametrize(("name", "least"), [("Learned", "1.24"), ("SoftCap", "1.25"), ("OddHeads", "1.28")])
+def test_the_least_runtime_is_that_of_the_newest_operator(tmp_path, name, least):
+    """Measured by running folders on every release from 1.20: older ones refuse, or compute wrong numbers."""
+    report = export_model(handwritten.MODULES[name](), tmp_path / "out", max_length=96)
+    assert report.manifest.requires == {"onnxruntime": least}
+
+
 def test_weights_are_stored_once_even_where_they_are_tied(tmp_path):
     module = handwritten.Rotary()
     module.head.weight = module.tokens.weight
