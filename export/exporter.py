@@ -48,8 +48,8 @@ DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVORS = ("ort", "standard")
 KINDS = ("auto", "decoder")
-# The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step of
-# Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 a window of GroupQueryAttention is one off.
+# The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
+# of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
 LEAST_RUNTIME = {"Attention": "1.28", "TensorScatter": "1.25", "": "1.24"}
 Progress = Callable[[str], None]
 

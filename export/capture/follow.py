@@ -24,8 +24,17 @@ from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
 from .tensor import Tensor, laid_out
 from .trace import Trace, is_computed, mapped, refuse
 
-Rule = Callable[..., "Tensor | list[Tensor]"]
+Rule = Callable[..., "Tensor | list[Tensor] | Complex"]
 RULES: dict[Any, Rule] = {}
+COMPLEX_RULES: dict[Any, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Complex:
+    """A complex value as two real ones: ONNX has no complex numbers."""
+
+    real: Tensor
+    imag: Tensor
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
@@ -66,11 +75,12 @@ class Follower:
         self.trace, self.positional, self.max_length, self.flavor = trace, positional, max_length, flavor
         self.emit = Emitter()
         self.symbols = Symbols(trace.batch, trace.seq)
-        self.values: dict[fx.Node, Tensor | list[Tensor]] = {}
+        self.values: dict[fx.Node, Tensor | list[Tensor] | Complex] = {}
         self.entries: list[CacheEntry] = []
         self.patterns: dict[Any, Any] = {}
         self.attention: list[AttentionReport] = []
         self._sides = {"key": 0, "value": 0}
+        self._derived: dict[Any, fx.Node] = {}
 
     # -- nodes --------------------------------------------------------------------------------------------------
     def follow(self, node: fx.Node) -> None:
@@ -79,14 +89,22 @@ class Follower:
             axes: Axes = ((Atom(Role.BATCH),), (Atom(Role.QUERY),))
             self.values[node] = Tensor.of(self.emit.input_ids(), axes, torch.int64)
             return
-        if node.target not in RULES:
-            advice = "only operations whose effect on every axis is known are followed"
-            raise refuse(node, "this operation has no rule", advice)
         args, kwargs = mapped(node, lambda n: self.values[n] if n in self.trace.data else n)
-        result = RULES[node.target](self, node, *args, **kwargs)
+        result = self._rule(node, args)(self, node, *args, **kwargs)
         self.values[node] = result
         if isinstance(result, Tensor):
             self._check(node, result)
+
+    @staticmethod
+    def _rule(node: fx.Node, args: Sequence[Any]) -> Rule:
+        """The rule of a node's operation; for complex numbers, of its operation on pairs."""
+        known, kind = (
+            (COMPLEX_RULES, " for complex numbers") if any(isinstance(a, Complex) for a in args) else (RULES, "")
+        )
+        if node.target not in known:
+            advice = "only operations whose effect on every axis is known are followed"
+            raise refuse(node, f"this operation has no rule{kind}", advice)
+        return known[node.target]
 
     def _check(self, node: fx.Node, result: Tensor) -> None:
         """The followed axes must be as large as the traced ones; a new or last position may stand for one."""
@@ -114,6 +132,14 @@ class Follower:
         value = self.constant(node)
         name = str(node.target) if node.op == "get_attr" else node.name
         return self.emit.weight(value.t() if transposed else value, name)
+
+    def derived(self, node: fx.Node, function: Callable[[torch.Tensor], torch.Tensor]) -> fx.Node:
+        """A new positional node: `function` of another."""
+        if (node, function) not in self._derived:
+            made = node.graph.call_function(function, (node,))
+            made.meta = {**node.meta, "val": function(node.meta["val"])}
+            self._derived[node, function] = made
+        return self._derived[node, function]
 
     def is_constant(self, node: Any) -> bool:
         return (

@@ -6,8 +6,10 @@ Every node of the graph either depends on the ids (*data*) or on lengths and con
 from __future__ import annotations
 
 import contextlib
+import io
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -129,7 +131,8 @@ def trace(module: nn.Module, vocab_size: int = 2) -> Trace:
     """
     input_ids = torch.randint(0, vocab_size, (TRACED_BATCH, TRACED_SEQ))
     try:
-        with inference_mode_of(module):
+        # torch prints whole graphs beside some of its errors; the error says what is needed of them.
+        with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             program = torch.export.export(module, (input_ids,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},))
             program = program.run_decompositions({})  # functional: no in-place operation survives
     except Exception as error:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 WIDE = {"ReduceMean", "ReduceSum", "ReduceProd", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax", "Exp", "Log", "Pow"}
+# What ONNX does not define for bfloat16 at opset 21.
+NO_BFLOAT16 = {"Einsum", "Softplus", "Elu", "HardSwish", "Mish", "Round", "Sin", "Cos"}
 SCALING = {"Mul", "Div"}  # with a wide operand they stay wide: the norm's own product and its weight
 SHIFTING = {"Add", "Sub"}  # with a wide operand and a constant: the norm's epsilon or bias
 TRUTHS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN"}
@@ -72,6 +74,8 @@ class _Conversion:
             self.types[output] = self._type_of(node, wanted)
 
     def _is_wide(self, node: ir.Node) -> bool:
+        if node.op_type in NO_BFLOAT16 and self.dtype is ir.DataType.BFLOAT16:
+            return True
         if node.op_type in WIDE or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
             return True
         from_wide = any(v is not None and v.producer() and self.types[v] is ir.DataType.FLOAT for v in node.inputs)

@@ -24,6 +24,7 @@ EXPECTED = {
     "OneKeyHead": (GQA, "causal", 1, 16, 200, True),
     "OddHeads": (STANDARD, "causal", 2, 10, 200, True),
     "Tiled": (GQA, "causal", 4, 16, 200, True),
+    "ComplexRotary": (GQA, "causal", 2, 16, 200, True),
     "Einsum": (GQA, "causal", 3, 16, 96, True),
     "Folded": (GQA, "causal", 3, 16, 96, True),
     "SoftCap": (PLAIN, "as written", 3, 16, 96, True),

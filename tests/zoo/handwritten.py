@@ -197,6 +197,17 @@ class OddHeads(Rotary):
         super().__init__(head_dim=10)
 
 
+class ComplexRotary(Rotary):
+    """Rotary positions as complex numbers, as Meta's Llama has them."""
+
+    def rotate(self, x):
+        T = x.shape[2]
+        angles = torch.outer(torch.arange(T).float(), self.frequencies)
+        turns = torch.polar(torch.ones_like(angles), angles)  # (T, D / 2)
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns[None, None]).flatten(3).type_as(x)
+
+
 class Tiled(Rotary):
     """Key heads repeated as a whole (`repeat`), so that neighbouring query heads have different ones."""
 
@@ -309,6 +320,6 @@ MODULES = {
     c.__name__: c
     for c in (
         Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
-        Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled,
+        Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled, ComplexRotary,
     )
 }  # fmt: skip

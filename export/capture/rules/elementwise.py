@@ -59,10 +59,18 @@ def _unmatched(node: fx.Node, axis: int) -> Axis:
 
 
 def elementwise(
-    f: Follower, node: fx.Node, operands: Sequence[Any], make: Make, compute: torch.dtype | None = None
+    f: Follower,
+    node: fx.Node,
+    operands: Sequence[Any],
+    make: Make,
+    compute: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Apply `make` to operands that are broadcast against each other and cast to `compute` (bool operands stay)."""
-    dtype = node.meta["val"].dtype
+    """Apply `make` to operands that are broadcast against each other and cast to `compute` (bool operands stay).
+
+    dtype: of the result, where it is not the node's own.
+    """
+    dtype = dtype or node.meta["val"].dtype
     compute = compute or dtype
     lead = next(o for o in operands if isinstance(o, Tensor))
     alone = [o for o in operands if isinstance(o, (Tensor, fx.Node))] == [lead]
@@ -113,10 +121,6 @@ def _number(emit: Emitter, number: Any, dtype: torch.dtype) -> ir.Value:
     return emit.constant(torch.tensor(number, dtype=dtype).numpy())
 
 
-def _is_bool(operand: Any) -> bool:
-    return isinstance(operand, Tensor) and operand.dtype == torch.bool
-
-
 # -- one operand ------------------------------------------------------------------------------------------------
 def _silu(emit: Emitter, x: ir.Value) -> ir.Value:
     return emit.op("Mul", x, emit.op("Sigmoid", x))
@@ -126,36 +130,36 @@ def _rsqrt(emit: Emitter, x: ir.Value) -> ir.Value:
     return emit.op("Reciprocal", emit.op("Sqrt", x))
 
 
-def _named(op_type: str, **attributes: Any) -> Make:
+def named(op_type: str, **attributes: Any) -> Make:
     return lambda emit, *values: emit.op(op_type, *values, **attributes)
 
 
 UNARY: dict[Any, Make] = {
-    aten.neg.default: _named("Neg"),
-    aten.abs.default: _named("Abs"),
-    aten.exp.default: _named("Exp"),
-    aten.log.default: _named("Log"),
-    aten.sqrt.default: _named("Sqrt"),
+    aten.neg.default: named("Neg"),
+    aten.abs.default: named("Abs"),
+    aten.exp.default: named("Exp"),
+    aten.log.default: named("Log"),
+    aten.sqrt.default: named("Sqrt"),
     aten.rsqrt.default: _rsqrt,
-    aten.reciprocal.default: _named("Reciprocal"),
-    aten.tanh.default: _named("Tanh"),
-    aten.sigmoid.default: _named("Sigmoid"),
-    aten.relu.default: _named("Relu"),
+    aten.reciprocal.default: named("Reciprocal"),
+    aten.tanh.default: named("Tanh"),
+    aten.sigmoid.default: named("Sigmoid"),
+    aten.relu.default: named("Relu"),
     aten.silu.default: _silu,
-    aten.mish.default: _named("Mish"),
-    aten.hardswish.default: _named("HardSwish"),
-    aten.erf.default: _named("Erf"),
-    aten.sin.default: _named("Sin"),
-    aten.cos.default: _named("Cos"),
-    aten.floor.default: _named("Floor"),
-    aten.ceil.default: _named("Ceil"),
-    aten.round.default: _named("Round"),
-    aten.sign.default: _named("Sign"),
-    aten.logical_not.default: _named("Not"),
-    aten.bitwise_not.default: _named("Not"),
-    aten.isnan.default: _named("IsNaN"),
+    aten.mish.default: named("Mish"),
+    aten.hardswish.default: named("HardSwish"),
+    aten.erf.default: named("Erf"),
+    aten.sin.default: named("Sin"),
+    aten.cos.default: named("Cos"),
+    aten.floor.default: named("Floor"),
+    aten.ceil.default: named("Ceil"),
+    aten.round.default: named("Round"),
+    aten.sign.default: named("Sign"),
+    aten.logical_not.default: named("Not"),
+    aten.bitwise_not.default: named("Not"),
+    aten.isnan.default: named("IsNaN"),
     aten.log1p.default: lambda emit, x: emit.op("Log", emit.op("Add", x, _number(emit, 1.0, torch.float32))),
-    aten.softplus.default: _named("Softplus"),
+    aten.softplus.default: named("Softplus"),
 }
 
 
@@ -170,13 +174,13 @@ def unary(f: Follower, node: fx.Node, x: Tensor, *rest: Any) -> Tensor:
 
 @rule(aten.gelu.default)
 def gelu(f: Follower, node: fx.Node, x: Tensor, *, approximate: str = "none") -> Tensor:
-    return elementwise(f, node, [x], _named("Gelu", approximate=approximate))
+    return elementwise(f, node, [x], named("Gelu", approximate=approximate))
 
 
 @rule(aten.elu.default, aten.leaky_relu.default)
 def with_slope(f: Follower, node: fx.Node, x: Tensor, slope: float | None = None) -> Tensor:
     name, default = ("Elu", 1.0) if node.target is aten.elu.default else ("LeakyRelu", 0.01)
-    return elementwise(f, node, [x], _named(name, alpha=float(default if slope is None else slope)))
+    return elementwise(f, node, [x], named(name, alpha=float(default if slope is None else slope)))
 
 
 @rule(aten.clamp.default)
@@ -212,7 +216,7 @@ def add(f: Follower, node: fx.Node, x: Any, y: Any, *, alpha: Any = 1) -> Tensor
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
 def reversed_sub(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
-    return elementwise(f, node, [y, x], _named("Sub"))
+    return elementwise(f, node, [y, x], named("Sub"))
 
 
 BINARY: dict[Any, str] = {
@@ -253,8 +257,8 @@ def binary(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
     if node.target is aten.pow.Tensor_Scalar and y == 2:  # a product is exact and faster
         return elementwise(f, node, [x], lambda emit, v: emit.op("Mul", v, v))
     if node.target is aten.pow.Tensor_Scalar and y == 0.5:
-        return elementwise(f, node, [x], _named("Sqrt"))
-    return elementwise(f, node, [x, y], _named(BINARY[node.target]))
+        return elementwise(f, node, [x], named("Sqrt"))
+    return elementwise(f, node, [x, y], named(BINARY[node.target]))
 
 
 @rule(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode)
@@ -266,7 +270,7 @@ def divide(f: Follower, node: fx.Node, x: Any, y: Any, *, rounding_mode: str | N
     if rounding_mode not in (None, "floor") or (rounding_mode and not node.meta["val"].is_floating_point()):
         raise refuse(node, "division is followed for floating-point values")
     if isinstance(y, (int, float)) and rounding_mode is None and y and math.log2(abs(y)).is_integer():
-        return elementwise(f, node, [x, 1 / y], _named("Mul"))  # exact for powers of two
+        return elementwise(f, node, [x, 1 / y], named("Mul"))  # exact for powers of two
     return elementwise(f, node, [x, y], make)
 
 
@@ -274,14 +278,14 @@ def divide(f: Follower, node: fx.Node, x: Any, y: Any, *, rounding_mode: str | N
 def logical(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
     if any(isinstance(o, Tensor) and o.dtype != torch.bool for o in (x, y)):
         raise refuse(node, "is followed on truth values only")
-    return elementwise(f, node, [x, y], _named(LOGICAL[node.target]))
+    return elementwise(f, node, [x, y], named(LOGICAL[node.target]))
 
 
 @rule(*COMPARISONS, aten.ne.Tensor, aten.ne.Scalar)
 def compare(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
     compute = torch.result_type(*(_example(o) for o in (x, y)))
     if node.target in COMPARISONS:
-        return elementwise(f, node, [x, y], _named(COMPARISONS[node.target]), compute)
+        return elementwise(f, node, [x, y], named(COMPARISONS[node.target]), compute)
     return elementwise(f, node, [x, y], lambda emit, a, b: emit.op("Not", emit.op("Equal", a, b)), compute)
 
 
@@ -297,9 +301,9 @@ def _example(operand: Any) -> Any:
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def choose(f: Follower, node: fx.Node, condition: Any, x: Any, y: Any) -> Tensor:
-    return elementwise(f, node, [condition, x, y], _named("Where"))
+    return elementwise(f, node, [condition, x, y], named("Where"))
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(f: Follower, node: fx.Node, x: Any, mask: Any, value: Any) -> Tensor:
-    return elementwise(f, node, [mask, value, x], _named("Where"))
+    return elementwise(f, node, [mask, value, x], named("Where"))

@@ -69,8 +69,13 @@ def select(f: Follower, node: fx.Node, x: Tensor, dim: int, index: Any) -> Tenso
         return _last(f, node, x, dim, keep=False)
     if any(a.role for a in x.axes[dim]):
         raise refuse(node, "takes one position or row", "only the last position can be taken")
+    return taken(f, x, dim, f.number(node, index))
+
+
+def taken(f: Follower, x: Tensor, dim: int, index: int) -> Tensor:
+    """One entry of an axis, which vanishes."""
     value, order = working(f.emit, x)
-    value = f.emit.op("Gather", value, f.emit.constant([f.number(node, index)]), axis=order.index(dim))
+    value = f.emit.op("Gather", value, f.emit.constant([index]), axis=order.index(dim))
     axes = followed(x.axes)
     result = from_working(value, (*axes[:dim], (), *axes[dim + 1 :]), order, x.dtype)
     return result.seen_as((*axes[:dim], *axes[dim + 1 :]))
