@@ -19,6 +19,7 @@ EXPECTED = {
     "Additive": (GQA, "causal", 3, 16, 96, True),
     "Alibi": (GQA, "causal, a bias by distance", 3, 16, 200, True),
     "Window": (GQA, "causal, window 5", 3, 16, 96, True),
+    "WindowedBias": (GQA, "causal, window 5, a bias per key", 3, 16, 96, True),
     "Chunked": (GQA, "causal, a table", 3, 16, 96, True),
     "Rotary": (GQA, "causal", 2, 16, 200, True),
     "OneKeyHead": (GQA, "causal", 1, 16, 200, True),

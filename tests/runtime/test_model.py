@@ -234,6 +234,12 @@ def test_a_folder_without_a_tokenizer_works_with_ids(copied):
         assert model.generate([1, 2, 3], max_tokens=4).token_ids == completion.token_ids
 
 
+def test_a_graph_that_cuda_would_leave_to_the_cpu_is_refused_there(tiny):
+    """onnxruntime has no float32 GroupQueryAttention for CUDA and would run it on the CPU without a word."""
+    with pytest.raises(tfinfer.errors.ProviderError, match="--dtype fp16"):
+        tfinfer.load(tiny, device="cuda")
+
+
 def test_what_device_and_threads_were_taken_is_said(tiny):
     with tfinfer.load(tiny, device="auto", threads=1) as model:
         assert model.device == "cpu"

@@ -130,6 +130,18 @@ class Window(Learned):
         return y.transpose(1, 2).reshape(x.shape)
 
 
+class WindowedBias(Learned):
+    """A window, and in it a bias for each key."""
+
+    def attend(self, x, layer):
+        q, k, v = self.split(x, layer)
+        at = torch.arange(x.shape[1])
+        distance = at[:, None] - at[None, :]
+        scores = q @ k.mT / 4 + torch.sin(at.float())
+        scores = scores.masked_fill((distance < 0) | (distance >= 5), float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
+
+
 class Chunked(Learned):
     """Causal within chunks of eight: a mask that is neither a window nor a function of the distance."""
 
@@ -321,5 +333,6 @@ MODULES = {
     for c in (
         Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
         Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled, ComplexRotary,
+        WindowedBias,
     )
 }  # fmt: skip

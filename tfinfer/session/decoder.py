@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError
+from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError, ProviderError
 from tfinfer.manifest import Manifest
 from tfinfer.session.cache import Cache
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
@@ -37,8 +37,9 @@ class Decoder:
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         check_runtime(manifest)
         self.manifest = manifest
+        device, why_not = without_cuda(manifest, device)
         opened = open_session(folder / manifest.graphs["decoder"].file, device=device, threads=thread_count(threads))
-        self.device, self.threads, self.reason = opened.device, opened.threads, opened.reason
+        self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
         self._session: Any = opened.session
         self._check_signature()
         self.memory: HostMemory | CudaMemory = CudaMemory() if self.device == "cuda" else HostMemory()
@@ -192,6 +193,22 @@ class BoundStep:
         self.decoder._run(self.binding)
         self.lengths += 1
         return self.logits[:, 0]
+
+
+def without_cuda(manifest: Manifest, device: str) -> tuple[str, str]:
+    """The device to open, and why it is not CUDA where `auto` was asked for a graph that CUDA would not run itself.
+
+    onnxruntime would run such a node on the CPU without a word, with copies to and fro. Raises ProviderError for `cuda`.
+    """
+    fused = any(attention.operator == "GroupQueryAttention" for attention in manifest.attention)
+    if device == "cpu" or manifest.dtype != "float32" or not fused:
+        return device, ""
+    why = "CUDA has no float32 kernel of GroupQueryAttention: export with --dtype fp16, bf16 or --flavor standard"
+    if device == "auto":
+        return "cpu", f"cpu: {why}"
+    if device == "cuda":
+        raise ProviderError(why)
+    return device, ""
 
 
 def check_runtime(manifest: Manifest) -> None:
