@@ -198,7 +198,7 @@ class BoundStep:
 def without_cuda(manifest: Manifest, device: str) -> tuple[str, str]:
     """The device to open, and why it is not CUDA where `auto` was asked for a graph that CUDA would not run itself.
 
-    onnxruntime would run such a node on the CPU without a word, with copies to and fro. Raises ProviderError for `cuda`.
+    onnxruntime would run such a node on the CPU without a word, with copies to and fro. For `cuda` a ProviderError.
     """
     fused = any(attention.operator == "GroupQueryAttention" for attention in manifest.attention)
     if device == "cpu" or manifest.dtype != "float32" or not fused:
