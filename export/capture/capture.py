@@ -88,12 +88,8 @@ def _follow_all(f: Follower) -> None:
             f.values[node] = result
             continue
         if node in pending:  # it stays as it is written
-            region = pending[node]
-            f.report_attention(
-                "the module's own operators", "as written", "scores that are more than a scale, a mask and a bias"
-            )
             for part in f.trace.nodes:
-                if part in region.inside:
+                if part in pending[node].inside:
                     f.follow(part)
         f.follow(node)
 

@@ -240,6 +240,9 @@ class Follower:
 
     def whole(self, tensor: Tensor, side: str) -> Tensor:
         """The tensor over all positions: its new rows written into a cache entry where each row stands."""
+        if side == "key":  # one for each attention that stays as it is written
+            reason = "not a softmax of scores under a scale, a mask and a bias alone"
+            self.report_attention("the module's own operators", "as written", reason)
         atoms = [a for a in flat(tensor.axes) if not a.repeat]
         batch, query = (next(a for a in atoms if a.role is role) for role in (Role.BATCH, Role.QUERY))
         features = [a for a in atoms if a.role is None]

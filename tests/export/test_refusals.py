@@ -92,6 +92,16 @@ class BiasFromTheEnd(Small):
         return self.causal(x + (T - at)[:, None] * 0.1)
 
 
+class DropsAlways(Small):
+    def block(self, x):
+        return self.causal(F.dropout(x, 0.5))
+
+
+class AttentionDropsAlways(Small):
+    def block(self, x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.5)
+
+
 class Branches(Small):
     def block(self, x):
         return self.causal(x) if x.sum() > 0 else self.causal(-x)
@@ -133,6 +143,8 @@ REFUSED = [
     (DependsOnLength, "div", "length of the whole sequence"),
     (BiasFromTheEnd, "mul", "depends on the length of the whole sequence"),
     (MasksById, "__and__", "a function of the length alone would work"),
+    (DropsAlways, "dropout", "in evaluation too"),
+    (AttentionDropsAlways, "scaled_dot_product_attention", "in evaluation too"),
     (MixesRows, "mean", "rows of a batch"),
 ]
 

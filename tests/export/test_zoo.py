@@ -29,6 +29,7 @@ EXPECTED = {
     "Einsum": (GQA, "causal", 3, 16, 96, True),
     "Folded": (GQA, "causal", 3, 16, 96, True),
     "SoftCap": (PLAIN, "as written", 3, 16, 96, True),
+    "WeightsTwice": (PLAIN, "as written", 3, 16, 96, True),
     "Sinusoidal": (GQA, "causal", 3, 16, 200, True),
     "MultiHead": (GQA, "causal", 3, 16, 96, True),
     "MultiHeadWeights": (GQA, "causal", 3, 16, 96, True),
@@ -67,7 +68,7 @@ def test_a_module_gets_its_cache_and_computes_the_same(name, tmp_path):
     manifest = report.manifest
     assert [(a.operator, a.pattern, a.count) for a in manifest.attention] == [(operator, pattern, 2)]
     assert {(e.num_kv_heads, e.head_dim) for e in manifest.cache} == {(heads, dim)}
-    assert len(manifest.cache) == 4
+    assert len(manifest.cache) == (6 if name == "WeightsTwice" else 4)
     assert (manifest.max_length, manifest.all_rows) == (longest, all_rows)
     assert bool(report.notes) == (operator != GQA)
     assert report.verdicts[0].greedy.identical == 64

@@ -267,6 +267,17 @@ class SoftCap(Learned):
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
 
 
+class WeightsTwice(Learned):
+    """Weights that are used twice, so that no attention operator fits."""
+
+    def attend(self, x, layer):
+        q, k, v = self.split(x, layer)
+        T = x.shape[1]
+        scores = q @ k.mT / math.sqrt(k.shape[-1]) + torch.full((T, T), float("-inf")).triu(1)
+        weights = scores.softmax(-1)
+        return (weights @ v + (weights * weights) @ v).transpose(1, 2).reshape(x.shape)
+
+
 class Sinusoidal(Base):
     """Sines and cosines, made anew for the length at hand, and embeddings scaled by the root of the width."""
 
@@ -333,6 +344,6 @@ MODULES = {
     for c in (
         Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
         Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled, ComplexRotary,
-        WindowedBias,
+        WindowedBias, WeightsTwice,
     )
 }  # fmt: skip

@@ -37,6 +37,8 @@ def scaled_dot_product_attention(
     """Source: torch.nn.functional.scaled_dot_product_attention."""
     if not (has(q.axes[-2], Role.QUERY) and has(k.axes[-2], Role.QUERY)):
         raise refuse(node, "attends over something else than the sequence")
+    if dropout:
+        raise refuse(node, "drops at random in evaluation too", "pass dropout_p only in training")
     if isinstance(mask, Tensor):
         raise refuse(node, "its mask is computed from the ids", "a mask that is a function of the length would work")
     if mask is None and not causal:

@@ -189,7 +189,14 @@ def clamp(f: Follower, node: fx.Node, x: Tensor, low: Any = None, high: Any = No
     return elementwise(f, node, [x], lambda emit, v: emit.op("Clip", v, *bounds))
 
 
-@rule(aten.clone.default, aten.alias.default, aten.detach.default, aten.dropout.default, aten.contiguous.default)
+@rule(aten.dropout.default, aten.native_dropout.default)
+def dropout(f: Follower, node: fx.Node, x: Tensor, p: float, train: bool | None) -> Tensor | list[Tensor]:
+    if train and p:
+        raise refuse(node, "drops at random in evaluation too", "pass training=self.training")
+    return x if node.target is aten.dropout.default else [x]
+
+
+@rule(aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default)
 def identity(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x
 
