@@ -39,21 +39,24 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_litter(target)
+        check_target(target, overwrite)  # an old folder may have come back
         made = target.parent / f".{target.name}.tfinfer-{os.getpid()}-{secrets.token_hex(4)}"
         made.mkdir()
     except OSError as error:
-        raise TargetError(f"{target}: cannot be written: {error}") from error
+        raise _cannot(target, error) from error
     try:
         yield made
         _sync(made)
         check_target(target, overwrite)  # somebody else may have written it meanwhile
         _put(made, target)
     except OSError as error:
-        if isinstance(error, TargetError):
-            raise
-        raise TargetError(f"{target}: cannot be written: {error}") from error
+        raise _cannot(target, error) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _cannot(target: Path, error: OSError) -> TargetError:
+    return error if isinstance(error, TargetError) else TargetError(f"{target}: cannot be written: {error}")
 
 
 def _put(made: Path, target: Path) -> None:
@@ -82,7 +85,8 @@ def _exchange(made: Path, target: Path) -> None:
 
 def _remove_litter(target: Path) -> None:
     """Remove what exports that were killed left beside `target`; a running one's folder stays."""
-    for path in target.parent.glob(f".{target.name}.tfinfer-*"):
+    prefix = f".{target.name}.tfinfer-"
+    for path in [path for path in target.parent.iterdir() if path.name.startswith(prefix)]:
         parts = path.name.removeprefix(f".{target.name}.tfinfer-").split("-")
         if not parts[0].isdigit() or _is_running(int(parts[0])):
             continue

@@ -14,7 +14,7 @@ from torch import fx
 
 from tfinfer.errors import CaptureError
 
-from .trace import Trace, arguments, aten, call, is_computed, mapped, refuse
+from .trace import Trace, arguments, aten, call, is_computed, is_pointwise, mapped, refuse
 
 MOVES_ONLY = {
     aten.clone.default,
@@ -96,7 +96,7 @@ class Positional:
         square = math.prod(self.length if self._is_seq(node, i) else 1 for i in range(node.meta["val"].dim()))
         if node.op == "get_attr" or node in self._values or square <= SQUARE_LIMIT:
             return self._whole(node).index_select(axis, rows)
-        if node.target in MOVES_ONLY or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        if node.target in MOVES_ONLY or is_pointwise(node.target):
             return self._pointwise(node, axis, rows)
         rule = self._rules.get(node.target)
         cut = rule(node, axis, rows) if rule else None

@@ -6,6 +6,7 @@ The chain of operations between q k^T and the softmax is run on made-up scores a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +16,15 @@ from torch import fx
 
 from .axes import Axes, Role, Symbols, flat, has
 from .positional import Positional
-from .tables import ByDistance, NotStable, PerKey, Square, close, read_square, sampled_rows
+from .tables import ByDistance, NotStable, PerKey, Square, close, read_structure, sampled_rows, whole_square
 from .tensor import sizes
-from .trace import arguments, aten, call, is_computed, mapped
+from .trace import arguments, aten, call, is_computed, is_pointwise, mapped
 
-# What modules add to hide a key: -inf, the least float, -1e10, -1e9, -1e4 ...; after the softmax all of them are 0.
-HIDDEN = -9e3
-# The made-up scores are 0, this and -3 times this: large enough for a soft cap to bend them.
-PROBE = 50.0
+# What modules add to hide a key: -inf, the least float, -1e10, -1e9, -1e4, perhaps scaled afterwards; after the softmax
+# all of them are 0.
+HIDDEN = -1e3
+# The made-up scores beside 0: small ones that a soft cap bends, large ones that only a limit would stop.
+PROBES = (50.0, -150.0, 3e4, -9e4)
 
 IDENTITIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.dropout.default}
 VIEWS = {
@@ -61,7 +63,7 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
     Raises NotCausal, and TooLarge or NotStable from the table that an unusual bias needs.
     """
     rows = sampled_rows(length)
-    at_zero, at_one, at_three = (scores(s, rows, length) for s in (0.0, PROBE, -3 * PROBE))
+    at_zero = scores(0.0, rows, length)
     visible = at_zero > HIDDEN
     columns = torch.arange(length)
     future = visible & (columns > rows[:, None])
@@ -70,13 +72,8 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
         raise NotCausal(int(rows[row]), key)
     if not visible[:, torch.arange(len(rows)), rows].all():  # a position that does not see itself
         return None
-    slope = (at_one - at_zero)[visible]
-    scale = float(slope[0]) / PROBE
-    if (
-        scale == 0
-        or not close(slope, slope[0].expand_as(slope))
-        or not close((at_three - at_zero)[visible], -3 * slope)
-    ):
+    scale = _scale(scores, at_zero, visible, rows, length)
+    if scale is None:
         return None
 
     def bias(rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -103,6 +100,19 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
     return replace(pattern, bias=_read_bias(bias, length))
 
 
+def _scale(
+    scores: Scores, at_zero: torch.Tensor, visible: torch.Tensor, rows: torch.Tensor, length: int
+) -> float | None:
+    """The one factor of all visible scores, whatever their size, or None."""
+    scale: float | None = None
+    for probe in PROBES:
+        slope = ((scores(probe, rows, length) - at_zero) / probe)[visible]
+        scale = float(slope[0]) if scale is None else scale
+        if scale == 0 or not close(slope / scale, torch.ones_like(slope)):
+            return None
+    return scale
+
+
 def _read_bias(bias: Callable[[torch.Tensor, int], torch.Tensor], length: int) -> PerKey | ByDistance | Square | None:
     """Read a bias up to a constant per row, which no softmax sees."""
 
@@ -110,12 +120,11 @@ def _read_bias(bias: Callable[[torch.Tensor, int], torch.Tensor], length: int) -
         value = bias(rows, length)
         return value - value.gather(-1, rows[None, :, None].expand(value.shape[0], -1, 1))
 
-    try:
-        read = read_square(bias, length)
-    except NotStable:
-        read = None
+    read: PerKey | ByDistance | Square | None = None
+    with contextlib.suppress(NotStable):
+        read = read_structure(bias, length)
     if not isinstance(read, PerKey):
-        read = read_square(from_self, length)
+        read = read_structure(from_self, length) or whole_square(from_self, length)
     table = torch.nan_to_num(read.table, nan=0.0, neginf=-torch.inf)
     if not table.any():
         return None
@@ -146,7 +155,7 @@ class Chain:
                     raise Unreadable(node)
                 axes = grouped[0]
                 value = value.reshape(sizes(axes, 1, len(rows), length))
-            elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            elif is_pointwise(node.target):
                 value = self._pointwise(node, value, axes, rows, length)
             else:
                 raise Unreadable(node)

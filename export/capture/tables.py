@@ -79,6 +79,11 @@ def stable(rows: Rows, length: int) -> bool:
 
 def read_square(rows: Rows, length: int) -> PerKey | ByDistance | Square:
     """Read a value over (query, key) positions. Raises NotStable or TooLarge."""
+    return read_structure(rows, length) or whole_square(rows, length)
+
+
+def read_structure(rows: Rows, length: int) -> PerKey | ByDistance | None:
+    """The table of a value that depends on the key or on the distance alone. Raises NotStable."""
     if not stable(rows, length):
         raise NotStable
     sampled = sampled_rows(length)
@@ -91,8 +96,13 @@ def read_square(rows: Rows, length: int) -> PerKey | ByDistance | Square:
     distance = sampled[:, None] - torch.arange(length) + length - 1  # (rows, length)
     if close(value, table[..., distance]):
         return ByDistance(table)
-    heads = value[..., 0, 0].numel()
-    if (size := heads * length * length * value.element_size()) > SQUARE_BYTES:
+    return None
+
+
+def whole_square(rows: Rows, length: int) -> Square:
+    """A value with one entry per pair of positions. Raises TooLarge."""
+    one = rows(torch.zeros(1, dtype=torch.long), length)  # (..., 1, length)
+    if (size := one.numel() * length * one.element_size()) > SQUARE_BYTES:
         raise TooLarge(size)
     return Square(rows(torch.arange(length), length))
 

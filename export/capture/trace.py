@@ -31,6 +31,11 @@ CHECKS = {
     aten._assert_async.msg,
     aten.sym_constrain_range_for_size.default,
 }
+# Element-wise operations that torch does not tag as such.
+UNTAGGED = {
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
+    aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.__xor__.Tensor,
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -84,6 +89,11 @@ def mapped(node: fx.Node, replace: Callable[[fx.Node], Any]) -> tuple[tuple[Any,
 def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a node's operation."""
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an operation treats each element alone, as torch says of most of those that do."""
+    return torch.Tag.pointwise in getattr(target, "tags", ()) or target in UNTAGGED
 
 
 def where(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ WIDE = {"ReduceMean", "ReduceSum", "ReduceProd", "Sqrt", "Reciprocal", "Softmax"
 # What ONNX does not define for bfloat16 at opset 21.
 NO_BFLOAT16 = {"Einsum", "Softplus", "Elu", "HardSwish", "Mish", "Round", "Sin", "Cos"}
 SCALING = {"Mul", "Div"}  # with a wide operand they stay wide: the norm's own product and its weight
-SHIFTING = {"Add", "Sub"}  # with a wide operand and a constant: the norm's epsilon or bias
+SHIFTING = {"Add", "Sub", "Max", "Min", "Clip"}  # of wide operands and constants: an epsilon, a bias, a difference
 TRUTHS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN"}
 NUMPY: dict[ir.DataType, npt.DTypeLike] = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 
@@ -78,9 +78,9 @@ class _Conversion:
             return True
         if node.op_type in WIDE or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
             return True
-        from_wide = any(v is not None and v.producer() and self.types[v] is ir.DataType.FLOAT for v in node.inputs)
-        constant = any(v is not None and v.const_value is not None for v in node.inputs)
-        return from_wide and (node.op_type in SCALING or (node.op_type in SHIFTING and constant))
+        moving = [v for v in node.inputs if v is not None and v.const_value is None]
+        wide = [v.producer() is not None and self.types[v] is ir.DataType.FLOAT for v in moving]
+        return (node.op_type in SCALING and any(wide)) or (node.op_type in SHIFTING and all(wide))
 
     def _type_of(self, node: ir.Node, wanted: ir.DataType) -> ir.DataType:
         if node.op_type == "Cast":

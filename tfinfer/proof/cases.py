@@ -90,6 +90,7 @@ def grid(vocab_size: int, max_length: int, seed: int = 0) -> list[Case]:
     cases.append(_pieces("token by token", some(14), [1] * 14))
     cases.append(_ragged("two rows of different lengths", [some(17 + 8), some(2 + 8)], 8))
     cases.append(_ragged("three rows of different lengths", [some(9 + 12), some(1 + 12), some(30 + 12)], 12))
+    cases.append(_ragged("rows that outgrow their cache", [some(62 + 8), some(20 + 8)], 8))
     cases.append(_rewound(some(23), some(9)))
     if max_length > 43:
         cases.append(_longest(some(max_length)))

@@ -62,7 +62,7 @@ def _distance(expected: Vector, got: Vector, dtype: str) -> tuple[float, float]:
 
 def _distance64(expected: Wide, got: Wide, dtype: str) -> tuple[float, float]:
     """The difference, and how often the allowed one it is."""
-    if not np.isfinite(got).all():
+    if not (np.isfinite(got).all() and np.isfinite(expected).all()):
         return float("inf"), float("inf")
     if dtype == "float32":
         difference = np.abs(expected - got)

@@ -75,7 +75,7 @@ def _evenly(rows: list[Row], count: int) -> list[Row]:
 def load(path: Path) -> Golden:
     """Read a golden file; nothing in it is executed. Raises CorruptModelError."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             cases: list[Case] = []
             expected: list[Vectors] = []
             for number, described in enumerate(json.loads(arrays["cases"].tobytes())):
