@@ -22,7 +22,7 @@ from .trace import arguments, aten, call, is_computed, is_pointwise, mapped
 
 # What modules add to hide a key: -inf, the least float, -1e10, -1e9, -1e4, perhaps scaled afterwards; after the softmax
 # all of them are 0.
-HIDDEN = -1e3
+HIDDEN = -1.2e3
 # The made-up scores beside 0: small ones that a soft cap bends, large ones that only a limit would stop.
 PROBES = (50.0, -150.0, 3e4, -9e4)
 

@@ -23,11 +23,12 @@ NAMES = [
     "token by token",
     "two rows of different lengths",
     "three rows of different lengths",
+    "rows that outgrow their cache",
     "rewound and refilled",
     "the longest length",
 ]
-SINGLE = {*NAMES[:4], NAMES[6], NAMES[7]}  # cases of one slot
-RAGGED = {NAMES[4], NAMES[5]}
+SINGLE = {*NAMES[:4], NAMES[7], NAMES[8]}  # cases of one slot
+RAGGED = set(NAMES[4:7])
 RNG = np.random.default_rng(7)
 KEYS, PLACES = RNG.normal(size=(VOCAB, VOCAB)), RNG.normal(size=(256, VOCAB))
 
@@ -323,12 +324,12 @@ GROWING = {*NAMES} - {"one token"}
         (SwappedRows, RAGGED),
         (OneLengthForAll, RAGGED),
         (LostByGrowth, GROWING),
-        (LostByGrowthInBlocks, {"the longest length"}),
+        (LostByGrowthInBlocks, {"rows that outgrow their cache", "the longest length"}),
         (WrongLastRow, {*NAMES} - {"one token", "token by token"}),
         (WrongFirstRows, {*NAMES} - {"one token", "token by token"}),
         (WrongLastSlot, RAGGED),
         (WrongAfterFirstStep, {*RAGGED, "rewound and refilled", "the longest length"}),
-        (WrongOnLongPasts, {"the longest length"}),
+        (WrongOnLongPasts, {"rows that outgrow their cache", "the longest length"}),
     ],
 )
 def test_each_fault_is_caught_by_the_cases_made_for_it_and_by_no_other(faulty, caught_by):
