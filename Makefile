@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The wheel holds every file, and its runtime works where torch was never installed.
+# The wheel holds every file, and its runtime works where torch was never installed (-P: the wheel, not this folder).
 check-runtime: setup
 	rm -rf build dist .venv-runtime && mkdir -p dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -39,7 +39,7 @@ check-runtime: setup
 	$(PYTHON) -m venv .venv-runtime
 	.venv-runtime/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		"$$(ls dist/*.whl)[cpu]" pytest hypothesis
-	OMP_NUM_THREADS=1 .venv-runtime/bin/python -m pytest tests/runtime
+	OMP_NUM_THREADS=1 .venv-runtime/bin/python -P -m pytest tests/runtime
 
 test-slow: setup
 	$(PYTEST) -m slow

@@ -35,7 +35,7 @@ from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, prove
 from tfinfer.session.decoder import Decoder
 from tfinfer.version import __version__
 
-from .capture import Captured, capture
+from .capture import DEFAULT_MAX_LENGTH, Captured, capture
 from .folder import check_target, new_folder
 from .passes import half, pipeline
 from .report import ExportReport as ExportReport
@@ -136,7 +136,8 @@ class _Export:
             manifest = self._manifest(captured, folder, proof)
             (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         self.stage("")
-        return ExportReport(self.target, manifest, verdicts, self.seconds)
+        lengths = [n for n in (self.source.max_length, captured.module_length) if n is not None]
+        return ExportReport(self.target, manifest, verdicts, self.seconds, min(lengths, default=None))
 
     def _longest(self) -> int | None:
         """The length asked for, or the source's own where that is short enough to be proved without asking."""
@@ -145,7 +146,7 @@ class _Export:
             raise InputError(
                 f"max_length {self.max_length} is longer than the model's own longest length, {own}: give {own} or less"
             )
-        return self.max_length if self.max_length is not None or own is None or own > 4096 else own
+        return own if self.max_length is None and own is not None and own <= DEFAULT_MAX_LENGTH else self.max_length
 
     # -- proof --------------------------------------------------------------------------------------------------
     def _prove(self, captured: Captured, draft: Manifest, folder: Path) -> tuple[tuple[Verdict, ...], ProofSpec]:

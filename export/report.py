@@ -28,6 +28,7 @@ class ExportReport:
     manifest: Manifest
     verdicts: tuple[Verdict, ...]
     seconds: dict[str, float]
+    own_length: int | None = None  # what the module or its source allows, where they say
 
     @property
     def notes(self) -> list[str]:
@@ -37,6 +38,11 @@ class ExportReport:
             for spec in self.manifest.attention
             if spec.reason
         ]
+        length = self.manifest.max_length
+        if self.own_length is not None and self.own_length > length:
+            lines.append(
+                f"up to {length} of the model's own {self.own_length} tokens: --max-length takes more, and proves it"
+            )
         return lines + ([self.manifest.proof.not_run] if self.manifest.proof.not_run else [])
 
     def to_dict(self) -> dict[str, Any]:

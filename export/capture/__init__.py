@@ -1,6 +1,6 @@
 """A module into a cached ONNX graph, by following the sequence axis. No line here knows an architecture."""
 
-from .capture import Captured, capture
+from .capture import DEFAULT_MAX_LENGTH, Captured, capture
 from .follow import AttentionReport, CacheEntry
 
-__all__ = ["AttentionReport", "CacheEntry", "Captured", "capture"]
+__all__ = ["DEFAULT_MAX_LENGTH", "AttentionReport", "CacheEntry", "Captured", "capture"]

@@ -196,6 +196,23 @@ def test_a_damaged_weight_is_caught_by_the_folders_own_proof(tmp_path):
         assert not verify_folder(model.decoder, tmp_path / "out").passed
 
 
+def test_a_shorter_length_than_the_models_own_is_told(tmp_path):
+    report = export_model(handwritten.Tril(), tmp_path / "out", max_length=50)
+    assert report.manifest.max_length == 50
+    assert "up to 50 of the model's own 96 tokens" in report.notes[0]
+    assert not export_model(handwritten.Tril(), tmp_path / "whole").notes
+
+
+def test_an_export_leaves_the_random_numbers_of_its_caller_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    module = handwritten.Learned()
+    torch.manual_seed(3)
+    export_model(module, tmp_path / "out")
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_progress_names_the_stages(tmp_path):
     stages = []
     report = export_model(handwritten.Learned(), tmp_path / "out", progress=stages.append)
