@@ -13,10 +13,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import fx, nn
 from torch.export import Dim
+from torch.nn.modules import transformer
 
 from tfinfer.errors import CaptureError
 
@@ -119,13 +121,19 @@ def refuse(node: fx.Node, why: str, instead: str = "") -> CaptureError:
 
 @contextlib.contextmanager
 def inference_mode_of(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without the fused encoder fast path, which would hide its attention; restored afterwards."""
+    """Evaluation mode without what nn.TransformerEncoder does on the side; restored afterwards.
+
+    Its fused fast path would hide its attention. Its hint that a mask is causal is read from the mask's values, which
+    no tracing can do; without the hint it uses the mask itself.
+    """
     training = {part: part.training for part in module.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
+    unhinted = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
+    hint = mock.patch.object(transformer, "_detect_is_causal_mask", unhinted)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hint:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -34,6 +34,8 @@ EXPECTED = {
     "MultiHead": (GQA, "causal", 3, 16, 96, True),
     "MultiHeadWeights": (GQA, "causal", 3, 16, 96, True),
     "Encoder": (GQA, "causal", 3, 16, 96, True),
+    "EncoderByMask": (GQA, "causal", 3, 16, 96, True),
+    "OwnNorm": (GQA, "causal", 3, 16, 96, True),
     "Named": (GQA, "causal", 3, 16, 96, True),
     "Pair": (GQA, "causal", 3, 16, 96, True),
 }

@@ -324,6 +324,38 @@ class Encoder(Learned):
         return self.layers(self.embed(ids), mask=mask, is_causal=True)
 
 
+class EncoderByMask(Encoder):
+    """The same, sequence first, and told of its causality by the mask alone, as PyTorch's own tutorial has it."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def hidden(self, ids):
+        T = ids.shape[1]
+        mask = (torch.triu(torch.ones(T, T)) == 1).transpose(0, 1).float()
+        mask = mask.masked_fill(mask == 0, float("-inf")).masked_fill(mask == 1, 0.0)
+        return self.layers(self.embed(ids).transpose(0, 1), mask).transpose(0, 1)
+
+
+class OwnNorm(Learned):
+    """A LayerNorm by hand, with the standard deviation of `std`, as The Annotated Transformer has it."""
+
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.shift = nn.Parameter(torch.rand(DIM) + 0.5), nn.Parameter(torch.rand(DIM))
+
+        def forward(self, x):
+            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+            return self.gain * (x - mean) / (std + 1e-6) + self.shift
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(self.Norm() for _ in range(4))
+
+
 class Named(Learned):
     """Returns a dict."""
 
@@ -344,6 +376,6 @@ MODULES = {
     for c in (
         Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
         Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled, ComplexRotary,
-        WindowedBias, WeightsTwice,
+        WindowedBias, WeightsTwice, EncoderByMask, OwnNorm,
     )
 }  # fmt: skip

@@ -63,10 +63,27 @@ def extreme(f: Follower, node: fx.Node, x: Tensor, dim: int, keepdim: bool = Fal
     return [_reduced(f, node, x, dims, keepdim, name)]
 
 
-@rule(aten.var.correction, aten.std.correction)
-def variance(
-    f: Follower, node: fx.Node, x: Tensor, dims: Any = None, *, correction: float | None = None, keepdim: bool = False
+@rule(aten.var.dim, aten.std.dim)
+def unbiased_variance(
+    f: Follower, node: fx.Node, x: Tensor, dims: Any = None, unbiased: bool = True, keepdim: bool = False
 ) -> Tensor:
+    return _variance(f, node, x, dims, int(unbiased), keepdim)
+
+
+@rule(aten.var.correction, aten.std.correction)
+def corrected_variance(
+    f: Follower,
+    node: fx.Node,
+    x: Tensor,
+    dims: Any = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Tensor:
+    return _variance(f, node, x, dims, 1 if correction is None else correction, keepdim)
+
+
+def _variance(f: Follower, node: fx.Node, x: Tensor, dims: Any, correction: float, keepdim: bool) -> Tensor:
     found = over(f, node, x, dims)
     count = 1
     for dim in found:
@@ -79,9 +96,9 @@ def variance(
     centred = f.emit.op("Sub", value, working(f.emit, mean, order)[0])
     square = from_working(f.emit.op("Mul", centred, centred), followed(x.axes), order, x.dtype)
     result = _reduced(f, node, square, found, keepdim, "ReduceMean")
-    scale = count / (count - (1 if correction is None else correction))
+    scale = count / (count - correction)
     value = f.emit.op("Mul", result.value, f.emit.constant(torch.tensor(scale, dtype=x.dtype).numpy()))
-    value = f.emit.op("Sqrt", value) if node.target is aten.std.correction else value
+    value = f.emit.op("Sqrt", value) if node.target in (aten.std.correction, aten.std.dim) else value
     return Tensor(value, result.base, result.axes, result.dtype)
 
 
