@@ -234,8 +234,12 @@ def test_a_folder_without_a_tokenizer_works_with_ids(copied):
         assert model.generate([1, 2, 3], max_tokens=4).token_ids == completion.token_ids
 
 
-def test_a_graph_that_cuda_would_leave_to_the_cpu_is_refused_there(tiny):
+def test_a_graph_that_cuda_would_leave_to_the_cpu_is_refused_there(tiny, monkeypatch):
     """onnxruntime has no float32 GroupQueryAttention for CUDA and would run it on the CPU without a word."""
+    monkeypatch.setattr("tfinfer.session.decoder.listed_providers", lambda ort: ("CUDAExecutionProvider",))
+    with tfinfer.load(tiny, device="auto") as model:
+        assert model.device == "cpu"
+        assert "no float32 kernel" in model.reason
     with pytest.raises(tfinfer.errors.ProviderError, match="--dtype fp16"):
         tfinfer.load(tiny, device="cuda")
 

@@ -18,7 +18,7 @@ from tfinfer.manifest import Manifest
 from tfinfer.session.cache import Cache
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
-from tfinfer.session.providers import open_session
+from tfinfer.session.providers import listed_providers, open_session
 from tfinfer.session.threads import thread_count
 
 Logits = npt.NDArray[np.float32]
@@ -202,6 +202,8 @@ def without_cuda(manifest: Manifest, device: str) -> tuple[str, str]:
     """
     fused = any(attention.operator == "GroupQueryAttention" for attention in manifest.attention)
     if device == "cpu" or manifest.dtype != "float32" or not fused:
+        return device, ""
+    if "CUDAExecutionProvider" not in listed_providers(onnxruntime()):  # opening it will say so
         return device, ""
     why = "CUDA has no float32 kernel of GroupQueryAttention: export with --dtype fp16, bf16 or --flavor standard"
     if device == "auto":
