@@ -14,7 +14,7 @@ from torch import fx
 
 from tfinfer.errors import CaptureError
 
-from .trace import Trace, arguments, aten, call, is_computed, is_pointwise, mapped, refuse
+from .trace import Trace, arguments, aten, call, is_computed, is_pointwise, mapped, read_for_values, refuse
 
 MOVES_ONLY = {
     aten.clone.default,
@@ -82,8 +82,17 @@ class Positional:
                 if isinstance(size, torch.SymInt)
                 else size
             )
-        args, kwargs = mapped(node, self._whole)
+        read = read_for_values(node)
+        args, kwargs = mapped(
+            node, lambda n: self._stand_in(n) if n in self.trace.data and n not in read else self._whole(n)
+        )
         return call(node, args, kwargs)
+
+    def _stand_in(self, node: fx.Node) -> torch.Tensor:
+        """Something of the type and shape of a data node, for an operation that does not read its values."""
+        known = {self.trace.batch: 1, self.trace.seq: self.length}
+        shape = [size if isinstance(size, int) else int(size.subs(known)) for size in self.trace.shape(node)]
+        return torch.empty(1, dtype=node.meta["val"].dtype).expand(shape)
 
     # -- some rows ----------------------------------------------------------------------------------------------
     def _is_seq(self, node: Any, axis: int) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .scores import IDENTITIES, VIEWS
-from .trace import Trace, arguments, aten
+from .trace import Trace, arguments, aten, read_for_values
 
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 SOFTMAXES = {aten.softmax.int, aten._softmax.default}
@@ -74,4 +74,4 @@ def _only_user(trace: Trace, node: fx.Node) -> fx.Node | None:
 
 def _is_on_scores(trace: Trace, node: fx.Node) -> bool:
     """Whether a node changes scores by constants and positions alone."""
-    return sum(operand in trace.data for operand in node.all_input_nodes) == 1
+    return sum(operand in trace.data for operand in read_for_values(node)) == 1

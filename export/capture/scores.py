@@ -26,7 +26,14 @@ HIDDEN = -1.2e3
 # The made-up scores beside 0: small ones that a soft cap bends, large ones that only a limit would stop.
 PROBES = (50.0, -150.0, 3e4, -9e4)
 
-IDENTITIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten._to_copy.default, aten.dropout.default}
+IDENTITIES = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    aten.dropout.default,
+    aten.type_as.default,
+}
 VIEWS = {
     aten.view.default,
     aten._unsafe_view.default,

@@ -33,6 +33,11 @@ CHECKS = {
     aten._assert_async.msg,
     aten.sym_constrain_range_for_size.default,
 }
+# Operations that take no more from their first input than its type, and shape.
+LIKE = {
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+}  # fmt: skip
 # Element-wise operations that torch does not tag as such.
 UNTAGGED = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
@@ -56,7 +61,7 @@ class Trace:
     def __post_init__(self) -> None:
         self.data.add(self.input_ids)
         for node in self.nodes:
-            if is_computed(node) and any(i in self.data for i in node.all_input_nodes):
+            if is_computed(node) and any(i in self.data for i in read_for_values(node)):
                 self.data.add(node)
 
     def shape(self, node: fx.Node) -> list[Any]:
@@ -69,7 +74,9 @@ class Trace:
         return value.detach() if isinstance(value, torch.Tensor) else value
 
     def users(self, node: fx.Node) -> list[fx.Node]:
-        return [user for user in node.users if user.target not in CHECKS]
+        """The nodes that read the values of a node, not its type or shape alone."""
+        others = CHECKS | {aten.sym_size.int}
+        return [user for user in node.users if user.target not in others and node in read_for_values(user)]
 
 
 def is_computed(node: fx.Node) -> bool:
@@ -91,6 +98,13 @@ def mapped(node: fx.Node, replace: Callable[[fx.Node], Any]) -> tuple[tuple[Any,
 def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a node's operation."""
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
+
+
+def read_for_values(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values matter to a node: `mask.type_as(x)` and `zeros_like(x)` read but the type of x."""
+    if node.target in LIKE:
+        return []
+    return [arguments(node)[0]] if node.target is aten.type_as.default else node.all_input_nodes
 
 
 def is_pointwise(target: Any) -> bool:

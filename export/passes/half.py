@@ -13,7 +13,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-WIDE = {"ReduceMean", "ReduceSum", "ReduceProd", "Sqrt", "Reciprocal", "Softmax", "LogSoftmax", "Exp", "Log", "Pow"}
+WIDE = {
+    "ReduceMean",
+    "ReduceSum",
+    "ReduceProd",
+    "ReduceL1",
+    "ReduceL2",
+    "Sqrt",
+    "Reciprocal",
+    "Softmax",
+    "LogSoftmax",
+    "Exp",
+    "Log",
+    "Pow",
+}
 # What ONNX does not define for bfloat16 at opset 21.
 NO_BFLOAT16 = {"Einsum", "Softplus", "Elu", "HardSwish", "Mish", "Round", "Sin", "Cos"}
 SCALING = {"Mul", "Div"}  # with a wide operand they stay wide: the norm's own product and its weight

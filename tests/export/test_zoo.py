@@ -36,6 +36,7 @@ EXPECTED = {
     "Encoder": (GQA, "causal", 3, 16, 96, True),
     "EncoderByMask": (GQA, "causal", 3, 16, 96, True),
     "OwnNorm": (GQA, "causal", 3, 16, 96, True),
+    "Cosine": (GQA, "causal", 3, 16, 96, True),
     "Named": (GQA, "causal", 3, 16, 96, True),
     "Pair": (GQA, "causal", 3, 16, 96, True),
 }

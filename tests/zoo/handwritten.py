@@ -220,6 +220,21 @@ class ComplexRotary(Rotary):
         return torch.view_as_real(pairs * turns[None, None]).flatten(3).type_as(x)
 
 
+class Cosine(Learned):
+    """Normalised queries and keys with a learned temperature, scores in float32, the mask of the input's type."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def attend(self, x, layer):
+        q, k, v = self.split(x, layer)
+        T = x.shape[1]
+        mask = torch.triu(torch.full((1, 1, T, T), float("-inf")), diagonal=1).type_as(x)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature.exp() + mask
+        return (F.softmax(scores.float(), dim=-1).type_as(scores) @ v).transpose(1, 2).reshape(x.shape)
+
+
 class Tiled(Rotary):
     """Key heads repeated as a whole (`repeat`), so that neighbouring query heads have different ones."""
 
@@ -376,6 +391,6 @@ MODULES = {
     for c in (
         Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
         Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled, ComplexRotary,
-        WindowedBias, WeightsTwice, EncoderByMask, OwnNorm,
+        WindowedBias, WeightsTwice, EncoderByMask, OwnNorm, Cosine,
     )
 }  # fmt: skip

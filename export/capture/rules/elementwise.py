@@ -189,6 +189,20 @@ def clamp(f: Follower, node: fx.Node, x: Tensor, low: Any = None, high: Any = No
     return elementwise(f, node, [x], lambda emit, v: emit.op("Clip", v, *bounds))
 
 
+@rule(aten.clamp_min.default, aten.clamp_max.default)
+def clamp_one_side(f: Follower, node: fx.Node, x: Tensor, bound: Any) -> Tensor:
+    name = "Max" if node.target is aten.clamp_min.default else "Min"
+    return elementwise(f, node, [x, f.number(node, bound)], named(name))
+
+
+@rule(aten.lerp.Tensor, aten.lerp.Scalar)
+def lerp(f: Follower, node: fx.Node, x: Any, y: Any, weight: Any) -> Tensor:
+    def make(emit: Emitter, a: ir.Value, b: ir.Value, w: ir.Value) -> ir.Value:
+        return emit.op("Add", a, emit.op("Mul", w, emit.op("Sub", b, a)))
+
+    return elementwise(f, node, [x, y, weight], make)
+
+
 @rule(aten.dropout.default, aten.native_dropout.default)
 def dropout(f: Follower, node: fx.Node, x: Tensor, p: float, train: bool | None) -> Tensor | list[Tensor]:
     if train and p:

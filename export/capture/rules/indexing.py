@@ -6,7 +6,6 @@ import operator
 import sys
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..axes import Atom, Axes, Role, fixed, has
@@ -160,13 +159,3 @@ def broadcast_of(f: Follower, node: fx.Node, tensors: list[Tensor], dim: int) ->
     """The axes of joined tensors beside the one they are joined along."""
     axes = broadcast(f, node, tensors)
     return followed((*axes[:dim], (), *axes[dim + 1 :]))
-
-
-@rule(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
-def like(f: Follower, node: fx.Node, x: Tensor, value: Any = None, **kwargs: Any) -> Tensor:
-    numbers: dict[Any, Any] = {aten.zeros_like.default: 0, aten.ones_like.default: 1}
-    number = numbers.get(node.target, value)
-    dtype = node.meta["val"].dtype
-    constant = f.emit.constant(torch.tensor(number, dtype=dtype).numpy())
-    shape = f.emit.op("Shape", x.value)
-    return Tensor(f.emit.op("Expand", constant, shape), x.base, x.axes, dtype)

@@ -54,6 +54,15 @@ def _reduced(f: Follower, node: fx.Node, x: Tensor, dims: list[int], keepdim: bo
     return result if keepdim else result.seen_as(tuple(axis for i, axis in enumerate(axes) if i not in dims))
 
 
+@rule(aten.linalg_vector_norm.default)
+def vector_norm(
+    f: Follower, node: fx.Node, x: Tensor, order: float = 2, dims: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Tensor:
+    if order not in (1, 2):
+        raise refuse(node, f"a norm of order {order} is not followed", "orders 1 and 2 are")
+    return _reduced(f, node, x, over(f, node, x, dims), keepdim, f"ReduceL{order:.0f}")
+
+
 @rule(aten.max.dim, aten.min.dim)
 def extreme(f: Follower, node: fx.Node, x: Tensor, dim: int, keepdim: bool = False) -> list[Tensor]:
     dims = over(f, node, x, dim)
