@@ -102,6 +102,8 @@ class Emitter:
         **attributes: Any,
     ) -> tuple[ir.Value, ...]:
         """The outputs of a node; an equal node made before is taken again."""
+        while inputs and inputs[-1] is None:  # onnxruntime crashes on a LayerNormalization whose bias is named ""
+            inputs = inputs[:-1]
         key = (domain, op_type, tuple(map(id, inputs)), outputs, repr(sorted(attributes.items())))
         if key not in self._made:
             self.needs_opset_24 |= not domain and version > 21

@@ -28,7 +28,7 @@ WIDE = {
     "Pow",
 }
 # What ONNX does not define for bfloat16 at opset 21.
-NO_BFLOAT16 = {"Einsum", "Softplus", "Elu", "HardSwish", "Mish", "Round", "Sin", "Cos"}
+NO_BFLOAT16 = {"Einsum", "Softplus", "Elu", "HardSwish", "Mish", "Round", "Sin", "Cos", "Selu", "HardSigmoid", "Atan"}
 SCALING = {"Mul", "Div"}  # with a wide operand they stay wide: the norm's own product and its weight
 SHIFTING = {"Add", "Sub", "Max", "Min", "Clip"}  # of wide operands and constants: an epsilon, a bias, a difference
 TRUTHS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN"}

@@ -37,6 +37,7 @@ EXPECTED = {
     "EncoderByMask": (GQA, "causal", 3, 16, 96, True),
     "OwnNorm": (GQA, "causal", 3, 16, 96, True),
     "Cosine": (GQA, "causal", 3, 16, 96, True),
+    "NoBias": (GQA, "causal", 3, 16, 96, True),
     "Named": (GQA, "causal", 3, 16, 96, True),
     "Pair": (GQA, "causal", 3, 16, 96, True),
 }

@@ -371,6 +371,17 @@ class OwnNorm(Learned):
         self.norms = nn.ModuleList(self.Norm() for _ in range(4))
 
 
+class NoBias(Learned):
+    """LayerNorm without a bias, and one without any weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(DIM, bias=False) for _ in range(4))
+
+    def hidden(self, ids):
+        return F.layer_norm(super().hidden(ids), (DIM,))
+
+
 class Named(Learned):
     """Returns a dict."""
 
@@ -391,6 +402,6 @@ MODULES = {
     for c in (
         Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
         Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled, ComplexRotary,
-        WindowedBias, WeightsTwice, EncoderByMask, OwnNorm, Cosine,
+        WindowedBias, WeightsTwice, EncoderByMask, OwnNorm, Cosine, NoBias,
     )
 }  # fmt: skip

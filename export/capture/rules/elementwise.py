@@ -65,10 +65,11 @@ def elementwise(
     make: Make,
     compute: torch.dtype | None = None,
     dtype: torch.dtype | None = None,
+    keeps_bool: bool = False,
 ) -> Tensor:
-    """Apply `make` to operands that are broadcast against each other and cast to `compute` (bool operands stay).
+    """Apply `make` to operands that are broadcast against each other and cast to `compute`.
 
-    dtype: of the result, where it is not the node's own.
+    dtype: of the result, where it is not the node's own. keeps_bool: truth values are not cast: one is a condition.
     """
     dtype = dtype or node.meta["val"].dtype
     compute = compute or dtype
@@ -76,14 +77,14 @@ def elementwise(
     alone = [o for o in operands if isinstance(o, (Tensor, fx.Node))] == [lead]
     if alone and node.meta["val"].dim() == lead.rank:  # scalars only: the layout does not matter
         values = [
-            _cast(f.emit, lead.value, lead.dtype, compute) if o is lead else _number(f.emit, o, compute)
+            _cast(f.emit, lead.value, lead.dtype, compute, keeps_bool) if o is lead else _number(f.emit, o, compute)
             for o in operands
         ]
         return Tensor(make(f.emit, *values), lead.base, lead.axes, dtype)
     axes = broadcast(f, node, operands)
     parts = refined(axes)
     order = _order(operands, parts)
-    values = [_operand(f, node, o, parts, order, compute) for o in operands]
+    values = [_operand(f, node, o, parts, order, compute, keeps_bool) for o in operands]
     result = from_working(make(f.emit, *values), parts, order, dtype)
     return result.seen_as(axes)
 
@@ -99,22 +100,24 @@ def _order(operands: Sequence[Any], parts: Axes) -> list[int]:
     return list(range(len(parts)))
 
 
-def _operand(f: Follower, node: fx.Node, operand: Any, parts: Axes, order: list[int], compute: torch.dtype) -> ir.Value:
+def _operand(
+    f: Follower, node: fx.Node, operand: Any, parts: Axes, order: list[int], compute: torch.dtype, keeps_bool: bool
+) -> ir.Value:
     if isinstance(operand, Tensor):
         tensor = operand.seen_as(refined(operand.axes))
         missing = len(parts) - tensor.rank
         own = [i - missing for i in order if i >= missing]
-        return _cast(f.emit, working(f.emit, tensor, own)[0], operand.dtype, compute)
+        return _cast(f.emit, working(f.emit, tensor, own)[0], operand.dtype, compute, keeps_bool)
     if isinstance(operand, fx.Node):
         if not isinstance(operand.meta.get("val"), torch.Tensor):
             f.number(node, operand)
-        kept = torch.bool if operand.meta["val"].dtype == torch.bool else compute
+        kept = torch.bool if keeps_bool and operand.meta["val"].dtype == torch.bool else compute
         return f.beside(operand, parts, order, kept, node)
     return _number(f.emit, operand, compute)
 
 
-def _cast(emit: Emitter, value: ir.Value, have: torch.dtype, want: torch.dtype) -> ir.Value:
-    return value if have in (want, torch.bool) else emit.cast(value, want)
+def _cast(emit: Emitter, value: ir.Value, have: torch.dtype, want: torch.dtype, keeps_bool: bool) -> ir.Value:
+    return value if have == want or (keeps_bool and have == torch.bool) else emit.cast(value, want)
 
 
 def _number(emit: Emitter, number: Any, dtype: torch.dtype) -> ir.Value:
@@ -160,6 +163,13 @@ UNARY: dict[Any, Make] = {
     aten.isnan.default: named("IsNaN"),
     aten.log1p.default: lambda emit, x: emit.op("Log", emit.op("Add", x, _number(emit, 1.0, torch.float32))),
     aten.softplus.default: named("Softplus"),
+    aten.square.default: lambda emit, x: emit.op("Mul", x, x),
+    aten.selu.default: named("Selu"),
+    aten.hardsigmoid.default: named("HardSigmoid", alpha=1 / 6, beta=0.5),
+    aten.log_sigmoid.default: lambda emit, x: emit.op("Neg", emit.op("Softplus", emit.op("Neg", x))),
+    aten.atan.default: named("Atan"),
+    aten.exp2.default: lambda emit, x: emit.op("Exp", emit.op("Mul", x, _number(emit, math.log(2), torch.float32))),
+    aten.expm1.default: lambda emit, x: emit.op("Sub", emit.op("Exp", x), _number(emit, 1.0, torch.float32)),
 }
 
 
@@ -185,8 +195,18 @@ def with_slope(f: Follower, node: fx.Node, x: Tensor, slope: float | None = None
 
 @rule(aten.clamp.default)
 def clamp(f: Follower, node: fx.Node, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    return _clipped(f, node, x, low, high)
+
+
+def _clipped(f: Follower, node: fx.Node, x: Tensor, low: Any, high: Any) -> Tensor:
     bounds = [None if b is None else _number(f.emit, f.number(node, b), x.dtype) for b in (low, high)]
     return elementwise(f, node, [x], lambda emit, v: emit.op("Clip", v, *bounds))
+
+
+@rule(aten.relu6.default, aten.hardtanh.default)
+def hardtanh(f: Follower, node: fx.Node, x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    low, high = (0.0, 6.0) if node.target is aten.relu6.default else (low, high)
+    return _clipped(f, node, x, low, high)
 
 
 @rule(aten.clamp_min.default, aten.clamp_max.default)
@@ -322,9 +342,9 @@ def _example(operand: Any) -> Any:
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def choose(f: Follower, node: fx.Node, condition: Any, x: Any, y: Any) -> Tensor:
-    return elementwise(f, node, [condition, x, y], named("Where"))
+    return elementwise(f, node, [condition, x, y], named("Where"), keeps_bool=True)
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(f: Follower, node: fx.Node, x: Any, mask: Any, value: Any) -> Tensor:
-    return elementwise(f, node, [mask, value, x], named("Where"))
+    return elementwise(f, node, [mask, value, x], named("Where"), keeps_bool=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -12,7 +13,7 @@ from ..axes import Atom, Axes, Role, fixed, has
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, working
 from ..trace import arguments, aten, refuse
-from .elementwise import broadcast
+from .elementwise import broadcast, elementwise, named
 
 
 @rule(operator.getitem)
@@ -131,6 +132,14 @@ def split(f: Follower, node: fx.Node, x: Tensor, *args: Any) -> list[Tensor]:
         gone = dim % x.rank
         return [p.seen_as((*p.axes[:gone], *p.axes[gone + 1 :])) for p in pieces]
     return _pieces(f, node, x, [int(p.shape[dim]) for p in parts], dim)
+
+
+@rule(aten.glu.default)
+def glu(f: Follower, node: fx.Node, x: Tensor, dim: int = -1) -> Tensor:
+    width = int(f.trace.shape(node)[dim])
+    value, gate = _pieces(f, node, x, [width, width], dim)
+    open_gate = replace(gate, value=f.emit.op("Sigmoid", gate.value))
+    return elementwise(f, node, [value, open_gate], named("Mul"))
 
 
 @rule(aten.cat.default, aten.stack.default)
