@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Tiny modules gain nothing from threads that spin beside each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test lint check-runtime test-slow cuda bench clean
+.PHONY: setup demo test lint check-runtime cuda bench clean
 
 setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/tfinfer verify out/demo
 
 test: setup lint
-	$(PYTEST) -m "not slow and not cuda"
+	$(PYTEST) -m "not cuda"
 	$(MAKE) check-runtime
 
 lint: setup
@@ -40,9 +40,6 @@ check-runtime: setup
 	.venv-runtime/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		"$$(ls dist/*.whl)[cpu]" pytest hypothesis
 	OMP_NUM_THREADS=1 .venv-runtime/bin/python -P -m pytest tests/runtime
-
-test-slow: setup
-	$(PYTEST) -m slow
 
 # Parity and a benchmark on a machine with a CUDA device; there, `pip install 'tfinfer[gpu,export]'` first.
 cuda:
