@@ -90,7 +90,11 @@ class Follower:
             self.values[node] = Tensor.of(self.emit.input_ids(), axes, torch.int64)
             return
         args, kwargs = mapped(node, lambda n: self.values[n] if n in self.trace.data else n)
-        result = self._rule(node, args)(self, node, *args, **kwargs)
+        followed_by = self._rule(node, args)
+        try:
+            result = followed_by(self, node, *args, **kwargs)
+        except (AttributeError, TypeError) as error:  # a table where the rule knows data, or the other way round
+            raise refuse(node, "this operation is not followed with these operands") from error
         self.values[node] = result
         if isinstance(result, Tensor):
             self._check(node, result)

@@ -53,6 +53,7 @@ OPERATIONS = {
     "unbound": lambda x, w: torch.stack(x.unflatten(-1, (2, 8)).unbind(2), -1).flatten(2),
     "strided": lambda x, w: torch.stack([x[..., ::2], x[..., 1::2]], -1).flatten(2),
     "reversed": lambda x, w: x[:, :, torch.arange(15, -1, -1)],
+    "selected": lambda x, w: x.index_select(-1, torch.arange(15, -1, -1)),
     "repeated": lambda x, w: x[..., [3, 1]].repeat(1, 1, 8),
     "einsum with weights": lambda x, w: torch.einsum("btd,de->bte", x, torch.outer(w, w)),
     "product with weights": lambda x, w: x @ torch.outer(w, w),

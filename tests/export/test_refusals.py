@@ -102,6 +102,13 @@ class AttentionDropsAlways(Small):
         return F.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.5)
 
 
+class ProductOfTables(Small):
+    """Data as the base of a product of weights: the rule knows data times data alone."""
+
+    def block(self, x):
+        return self.causal(torch.baddbmm(x, x, self.mix.weight.expand(x.shape[0], -1, -1)))
+
+
 class Branches(Small):
     def block(self, x):
         return self.causal(x) if x.sum() > 0 else self.causal(-x)
@@ -145,6 +152,7 @@ REFUSED = [
     (MasksById, "__and__", "a function of the length alone would work"),
     (DropsAlways, "dropout", "in evaluation too"),
     (AttentionDropsAlways, "scaled_dot_product_attention", "in evaluation too"),
+    (ProductOfTables, "baddbmm", "not followed with these operands"),
     (MixesRows, "mean", "rows of a batch"),
 ]
 

@@ -83,7 +83,9 @@ def taken(f: Follower, x: Tensor, dim: int, index: int) -> Tensor:
 
 @rule(aten.index.Tensor, aten.index_select.default)
 def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
-    indices = [None] * where[0] + [where[1]] if node.target is aten.index_select.default else where[0]
+    indices = where[0]
+    if node.target is aten.index_select.default:
+        indices = [None] * (where[0] % x.rank) + [where[1]]
     named = [i for i, index in enumerate(indices) if index is not None]
     if isinstance(x, fx.Node):
         return _look_up(f, node, x, indices)
