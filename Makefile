@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Tiny modules gain nothing from threads that spin beside each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test lint check-runtime cuda bench clean
+.PHONY: setup demo test lint check-runtime browser cuda bench clean
 
 setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/tfinfer verify out/demo
 
 test: setup lint
-	$(PYTEST) -m "not cuda"
+	$(PYTEST) -m "not cuda and not browser"
 	$(MAKE) check-runtime
 
 lint: setup
@@ -45,6 +45,11 @@ check-runtime: setup
 cuda:
 	$(PYTHON) -m pytest -m cuda -rs tests
 	$(PYTHON) benchmarks/decode.py --device cuda
+
+# The page of `tfinfer attention` in a real browser; on Debian, `apt-get install chromium chromium-driver` first.
+browser: setup
+	$(INSTALL) --editable '.[browser]'
+	$(PYTEST) -m browser -rs tests/browser
 
 bench: setup
 	$(INSTALL) --editable '.[bench]'

@@ -22,7 +22,7 @@ import numpy as np
 from tfinfer.errors import InputError, LengthError
 from tfinfer.integrity import check_files, sha256
 from tfinfer.manifest import FILE_NAME, load_manifest
-from tfinfer.model import Model
+from tfinfer.generating import GeneratingModel
 from tfinfer.session.ort import onnxruntime
 from tfinfer.version import __version__
 
@@ -96,12 +96,14 @@ def run(
     """Measure a folder; `asked` are the arguments of `plan`. Returns plain values, all times in seconds."""
     path = Path(folder)
     manifest = load_manifest(path)
+    if manifest.kind != "decoder":
+        raise InputError(f"{path}: bench measures decoders; this is an {manifest.kind}")
     work = plan(manifest.max_length, **asked)
     progress("load")
     busy = _load_average()
     check, import_seconds = _timed(lambda: check_files(path, manifest)), _timed(onnxruntime)
     started = time.perf_counter()
-    with Model(manifest, path, device=device, threads=threads) as model:
+    with GeneratingModel(manifest, path, device=device, threads=threads) as model:
         opened = time.perf_counter() - started
         resident = _status("VmRSS")
         vocabulary = min(manifest.vocab_size, manifest.num_logits)
@@ -161,7 +163,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _measure_decoder(
-    model: Model, prompts: Any, work: Workload, progress: Progress
+    model: GeneratingModel, prompts: Any, work: Workload, progress: Progress
 ) -> tuple[list[float], list[float], int]:
     """Seconds of every prefill and of every step, and the bytes of the cache."""
     decoder = model.decoder
@@ -184,7 +186,9 @@ def _measure_decoder(
         cache.close()
 
 
-def _measure_stream(model: Model, prompts: Any, work: Workload, progress: Progress) -> tuple[list[float], list[float]]:
+def _measure_stream(
+    model: GeneratingModel, prompts: Any, work: Workload, progress: Progress
+) -> tuple[list[float], list[float]]:
     """Seconds of every whole run of the public loop, and of the first token in each."""
     rows = [row.tolist() for row in prompts]
     whole: list[float] = []
@@ -204,7 +208,7 @@ def _measure_stream(model: Model, prompts: Any, work: Workload, progress: Progre
 
 
 # -- what explains the figures ------------------------------------------------------------------------------------
-def _environment(model: Model, folder: Path) -> dict[str, Any]:
+def _environment(model: GeneratingModel, folder: Path) -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

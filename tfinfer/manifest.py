@@ -17,9 +17,11 @@ from typing import Any
 from tfinfer.errors import IncompatibleModelError, ManifestError
 
 FILE_NAME = "tfinfer.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_BYTES = 1 << 20
-KINDS = ("decoder",)
+# The graphs that each kind cannot do without; "attention", which gives the weights of attention, may come beside them.
+KINDS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder-decoder": ("encoder", "decoder")}
+POOLINGS = ("mean", "cls", "last", "none")
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 
 
@@ -55,14 +57,71 @@ class CacheSpec:
 
 
 @dataclass(frozen=True)
+class StateSpec:
+    """One past -> present pair of fixed size, (batch, *shape): a running sum rather than a row for each position."""
+
+    past: str
+    present: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CrossSpec:
+    """What the encoder's graph gives once and every decoder step takes: an axis is a size, "batch" (first) or "source".
+
+    Output of the one graph and input of the other under the same name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
 class DecoderRoles:
-    """Which graph input and output plays which part; None where the graph does not take it."""
+    """Which graph input and output plays which part; None where the graph does not take it.
+
+    source_mask: (batch, source) int64, 1 where a row's source has a token.
+    """
 
     input_ids: str
     attention_mask: str
     logits: str
     position_ids: str | None = None
     logits_to_keep: str | None = None
+    source_mask: str | None = None
+
+
+@dataclass(frozen=True)
+class EncoderRoles:
+    """Which input and output of the encoder's graph plays which part; None where there is none.
+
+    attention_mask: (batch, seq) int64, 1 where there is a token. hidden_states: (batch, seq, hidden). pooled: (batch,
+    hidden), of a module that pools itself. An encoder without `input_ids` takes something else: `run` serves it.
+    """
+
+    input_ids: str | None = None
+    attention_mask: str | None = None
+    token_type_ids: str | None = None
+    hidden_states: str | None = None
+    pooled: str | None = None
+
+
+@dataclass(frozen=True)
+class PoolingSpec:
+    """How a model's own description makes one vector of a text."""
+
+    mode: str
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """The outputs of the graph "attention" that are the layers of one stack: (batch, heads, query, key) each."""
+
+    name: str  # "self", or "encoder", "decoder" and "cross"
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,6 +141,9 @@ class TokenIds:
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
+    decoder_start: tuple[int, ...] = ()  # what an encoder-decoder's target begins with, forced first ids included
+    forced_eos: int | None = None  # the id that takes the last place of a target that reaches its longest length
+    suppressed: tuple[int, ...] = ()  # ids that are never chosen
 
 
 @dataclass(frozen=True)
@@ -140,9 +202,9 @@ class Manifest:
     format_version: int
     kind: str
     graphs: dict[str, GraphSpec]
-    roles: DecoderRoles
+    roles: DecoderRoles | None  # of the graph "decoder"
     cache: tuple[CacheSpec, ...]
-    vocab_size: int  # ids that go in
+    vocab_size: int  # ids that go in; 0 for a graph that takes none
     num_logits: int  # ids that can come out
     max_length: int
     all_rows: bool  # whether every new position has logits, or the last alone
@@ -155,6 +217,14 @@ class Manifest:
     source: SourceSpec
     files: dict[str, FileSpec]
     proof: ProofSpec
+    encoder: EncoderRoles | None = None  # of the graph "encoder"
+    states: tuple[StateSpec, ...] = ()
+    cross: tuple[CrossSpec, ...] = ()
+    source_vocab_size: int = 0  # of an encoder-decoder: ids that go into the encoder
+    max_source_length: int = 0
+    keeps_window: int | None = None  # positions further back may be dropped from every cache entry
+    pooling: PoolingSpec | None = None
+    maps: tuple[MapSpec, ...] = ()  # of the graph "attention"
 
     def __post_init__(self) -> None:
         def check(good: bool, what: str) -> None:
@@ -162,15 +232,29 @@ class Manifest:
                 raise ManifestError(f"{FILE_NAME}: {what}")
 
         check(self.kind in KINDS, f"expected a kind of {', '.join(KINDS)}, got {self.kind!r}")
-        check(self.kind in self.graphs, f"kind {self.kind!r} without a graph of that name")
-        check(
-            min(self.vocab_size, self.num_logits, self.max_length) > 0,
-            "vocab_size, num_logits and max_length must be positive",
-        )
-        check(bool(self.cache), "expected at least one cache entry")
+        for graph in KINDS[self.kind]:
+            check(graph in self.graphs, f"kind {self.kind!r} without a graph {graph!r}")
+        check(self.max_length > 0, "max_length must be positive")
+        check("encoder" not in KINDS[self.kind] or self.encoder is not None, "an encoder's graph without its roles")
+        if "decoder" in KINDS[self.kind]:
+            check(self.roles is not None, "a decoder's graph without its roles")
+            check(min(self.vocab_size, self.num_logits) > 0, "vocab_size and num_logits must be positive")
+            check(bool(self.cache or self.states), "expected at least one cache entry")
+        if self.kind == "encoder-decoder":
+            check(min(self.source_vocab_size, self.max_source_length) > 0, "the source's sizes must be positive")
+            check(bool(self.token_ids.decoder_start), "an encoder-decoder needs an id that its target begins with")
         for entry in self.cache:
             check(min(entry.num_kv_heads, entry.head_dim) > 0, f"cache entry {entry.past!r} has no size")
             check(entry.dtype in DTYPES, f"cache entry {entry.past!r} has the unknown dtype {entry.dtype!r}")
+        for state in self.states:
+            check(min(state.shape, default=1) > 0, f"state {state.past!r} has no size")
+            check(state.dtype in DTYPES, f"state {state.past!r} has the unknown dtype {state.dtype!r}")
+        for given in self.cross:
+            whole = given.shape[:1] == ("batch",) and given.shape.count("source") == 1 and given.dtype in DTYPES
+            sizes = [size for size in given.shape if size not in ("batch", "source")]
+            check(whole and all(isinstance(n, int) and n > 0 for n in sizes), f"{given.name!r} has an odd shape")
+        check(self.pooling is None or self.pooling.mode in POOLINGS, "unknown pooling")
+        check(not self.maps or "attention" in self.graphs, "maps without a graph that gives them")
         text = (self.text.tokenizer, self.text.chat_template, self.text.generation_config, self.proof.golden)
         for name in [*(graph.file for graph in self.graphs.values()), *text]:
             check(name is None or name in self.files, f"{name!r} is not among its files")
@@ -226,6 +310,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return {str(key): _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
+            if value is not None and dataclasses.is_dataclass(option):
+                return _read(option, value, where)
             if (value is None) == (option is type(None)) and (value is None or isinstance(value, option)):
                 return value
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -46,7 +46,7 @@ def test_a_stream_is_the_completion_in_pieces(model):
 
 def test_greedy_is_the_full_pass_again_and_again(model):
     """The cached loop against prefilling the whole sequence anew for every token."""
-    ids = model.encode(PROMPTS[1])
+    ids = model.tokenize(PROMPTS[1])
     cache = model.decoder.open_cache(1, 64)
     for token in model.generate(PROMPTS[1], max_tokens=12, stop_ids=[]).token_ids:
         slot = cache.acquire()

@@ -46,7 +46,7 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 @click.option("-v", "--verbose", is_flag=True, help="A line on stderr for each stage.")
 @options.common
 def command(source: str, out: Path, kind: str, overwrite: bool, verbose: bool, as_json: bool, **given: Any) -> None:
-    """Turn a PyTorch decoder into a folder that generates without torch.
+    """Turn a PyTorch transformer into a folder that runs without torch.
 
     SOURCE is file.py:factory or package.module:factory, where the factory takes no arguments and returns the module; or
     a folder with a Hugging Face checkpoint of a causal language model. Its code is run. The result is proved against

@@ -89,7 +89,7 @@ def _settings(model: Model, asked: Any, given: dict[str, Any]) -> dict[str, Any]
 def _count(model: Model, asked: Any) -> int:
     """How many tokens a prompt has."""
     if isinstance(asked, str):
-        return len(model.encode(asked))
+        return len(model.tokenize(asked))
     if asked and isinstance(asked[0], dict):
         text = model.render_chat(asked)
         return len(model.tokenizer.encode(text, add_special_tokens=False)) if model.tokenizer else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "boo
 def command(folder: Path, check: bool, as_json: bool) -> None:
     """Show what is in a folder.
 
-    Kind, graphs, cache, sizes, where it came from and what its proof measured, all from its manifest.
+    Kind, graphs, cache, pooling, sizes, where it came from and what its proof measured, all from its manifest.
     """
     from tfinfer.integrity import check_files
     from tfinfer.manifest import load_manifest
@@ -35,7 +36,7 @@ def command(folder: Path, check: bool, as_json: bool) -> None:
     if check:
         check_files(folder, manifest)
     if as_json:
-        sizes = {"cache": cache_sizes(manifest), "file_bytes": _file_bytes(manifest), "checked": check}
+        sizes = {"cache": memory_sizes(manifest), "file_bytes": _file_bytes(manifest), "checked": check}
         say_json({"folder": str(folder), **sizes, "manifest": dataclasses.asdict(manifest)})
         return
     table([("folder", str(folder)), *_rows(manifest)])
@@ -43,10 +44,18 @@ def command(folder: Path, check: bool, as_json: bool) -> None:
         table([("checked", f"{many(len(manifest.files), 'file')} as they were exported")])
 
 
-def cache_sizes(manifest: Manifest) -> dict[str, int]:
-    """Bytes of the cache of one sequence."""
+def memory_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes that one sequence keeps: of its cache, of its states, and of what the encoder gave for its source."""
     per_token = sum(entry.num_kv_heads * entry.head_dim * BYTES[entry.dtype] for entry in manifest.cache)
-    return {"bytes_per_token": per_token, "bytes_at_max_length": per_token * manifest.max_length}
+    return {
+        "bytes_per_token": per_token,
+        "bytes_at_max_length": per_token * manifest.max_length,
+        "state_bytes": sum(math.prod(state.shape) * BYTES[state.dtype] for state in manifest.states),
+        "bytes_per_source_token": sum(
+            math.prod(size for size in given.shape if isinstance(size, int)) * BYTES[given.dtype]
+            for given in manifest.cross
+        ),
+    }
 
 
 def _file_bytes(manifest: Manifest) -> int:
@@ -54,10 +63,9 @@ def _file_bytes(manifest: Manifest) -> int:
 
 
 def _rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    yield "kind", f"{manifest.kind}, {manifest.dtype}, flavor {manifest.flavor}, up to {manifest.max_length} tokens"
-    yield "vocabulary", f"{manifest.vocab_size} ids in, {manifest.num_logits} logits out"
+    yield from _kind_rows(manifest)
     yield "special ids", _special(manifest)
-    yield "text", ", ".join(_text_files(manifest)) or "no tokenizer: ids in, ids out"
+    yield "text", ", ".join(_text_files(manifest)) or "no tokenizer"
     for name, graph in manifest.graphs.items():
         opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in graph.opset.items())
         yield "graph", f"{name}: {graph.file} ({opsets})"
@@ -67,12 +75,40 @@ def _rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for attention in manifest.attention:
         reason = f": {attention.reason}" if attention.reason else ""
         yield "attention", f"{attention.count} x {attention.operator} ({attention.pattern}){reason}"
-    yield from _cache_rows(manifest)
+    yield from _memory_rows(manifest)
+    yield from (("maps", f"{maps.name}: {many(len(maps.outputs), 'layer')}") for maps in manifest.maps)
     for name, file in manifest.files.items():
         yield "files", f"{name} {size(file.bytes)}"
     yield "files", f"{size(_file_bytes(manifest))} in all"
     yield from _origin_rows(manifest)
     yield from _proof_rows(manifest)
+
+
+def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What goes in and comes out, and how much of it."""
+    source, target = manifest.max_source_length, f"up to {manifest.max_length} tokens"
+    lengths = f"source up to {source} tokens, target {target}" if source else target
+    yield "kind", f"{manifest.kind}, {manifest.dtype}, flavor {manifest.flavor}, {lengths}"
+    ids = f"{manifest.vocab_size} ids in" if manifest.vocab_size else "takes no ids"
+    first = f"{manifest.source_vocab_size} ids of a source in, " if manifest.source_vocab_size else ""
+    last = f", {manifest.num_logits} logits out" if manifest.roles else ""
+    yield "vocabulary", f"{first}{ids}{last}"
+    if manifest.keeps_window:
+        yield "window", f"the cache may forget what is more than {many(manifest.keeps_window, 'position')} back"
+    if manifest.kind == "encoder":
+        yield "pooling", _pooling(manifest)
+
+
+def _pooling(manifest: Manifest) -> str:
+    """What `encode` does with the outputs when it is not told."""
+    roles, own = manifest.encoder, manifest.pooling
+    if roles is None or (roles.hidden_states is None and roles.pooled is None):
+        return "none: no hidden states and no pooled vector come out; run gives every output"
+    if roles.hidden_states is None:
+        mode = "the module's own"
+    else:
+        mode = own.mode if own else "mean, for the model names none"
+    return mode + (", normalized" if own and own.normalize else "")
 
 
 def _special(manifest: Manifest) -> str:
@@ -97,14 +133,26 @@ def _grouped(tensors: tuple[TensorSpec, ...]) -> Iterator[str]:
         yield f"{pattern if count else names[0]}{count}: {dtype} ({', '.join(map(str, shape))})"
 
 
-def _cache_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _memory_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What a sequence keeps between steps; nothing for an encoder."""
     kinds = Counter((e.num_kv_heads, e.head_dim, e.dtype, e.window) for e in manifest.cache)
     for (heads, width, dtype, window), count in kinds.items():
         seen = f", window {window}" if window else ""
         yield "cache", f"{many(count, 'buffer')} of {many(heads, 'head')} x {width}, {dtype}{seen}"
-    sizes = cache_sizes(manifest)
-    whole = size(sizes["bytes_at_max_length"])
-    yield "cache", f"{sizes['bytes_per_token']} bytes per token, {whole} at {manifest.max_length} tokens"
+    sizes = memory_sizes(manifest)
+    if manifest.cache:
+        whole = size(sizes["bytes_at_max_length"])
+        yield "cache", f"{sizes['bytes_per_token']} bytes per token, {whole} at {manifest.max_length} tokens"
+    alike = Counter((state.shape, state.dtype) for state in manifest.states)
+    for (shape, dtype), number in alike.items():
+        yield "states", f"{many(number, 'state')} of ({', '.join(map(str, shape))}), {dtype}"
+    if manifest.states:
+        yield "states", f"{size(sizes['state_bytes'])} for each sequence, at any length"
+    if manifest.cross:
+        whole = size(sizes["bytes_per_source_token"] * manifest.max_source_length)
+        each = f"{sizes['bytes_per_source_token']} bytes per source token"
+        tensors = many(len(manifest.cross), "tensor")
+        yield "cross", f"{tensors} from the encoder, {each}, {whole} at {manifest.max_source_length} tokens"
 
 
 def _origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -119,6 +167,7 @@ def _proof_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for case in proof.cases:
         yield "proof", f"{case.name}: {case.measure} {case.measured:.1e} (allowed {case.allowed:g})"
     golden = f"golden file {proof.golden}" if proof.golden else "no golden file"
-    yield "proof", f"on {proof.device}: {proof.greedy_tokens} greedy tokens as PyTorch's; {golden}"
+    greedy = f"{proof.greedy_tokens} greedy tokens as PyTorch's; " if proof.greedy_tokens else ""
+    yield "proof", f"on {proof.device}: {greedy}{golden}"
     if proof.not_run:
         yield "proof", proof.not_run

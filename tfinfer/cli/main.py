@@ -24,8 +24,10 @@ from tfinfer.errors import TfinferError
 from tfinfer.version import __version__
 
 COMMANDS = {
-    "export": "Turn a PyTorch decoder into a folder that generates without torch.",
+    "export": "Turn a PyTorch transformer into a folder that runs without torch.",
     "generate": "Continue a prompt.",
+    "encode": "Turn texts into vectors.",
+    "attention": "Show what attends to what.",
     "verify": "Let a folder prove itself against its golden file.",
     "inspect": "Show what is in a folder.",
     "bench": "Measure load, prefill and decode.",
@@ -128,11 +130,12 @@ def _quiet() -> Iterator[None]:
 @click.version_option(__version__, message="tfinfer %(version)s")
 @click.pass_context
 def tfinfer(ctx: click.Context) -> None:
-    """A PyTorch decoder goes in, cached generation without torch comes out.
+    """A PyTorch transformer goes in, a folder that runs without torch comes out.
 
     \b
     tfinfer export model.py:build --weights w.safetensors --tokenizer tokenizer.json -o out/
-    tfinfer generate out/ "def main(" --max-tokens 64
+    tfinfer generate out/ "def main(" --max-tokens 64    (decoders and encoder-decoders)
+    tfinfer encode out/ "a sentence" --normalize         (encoders)
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

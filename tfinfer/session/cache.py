@@ -39,6 +39,7 @@ class Cache:
         self._next = 0
         self.generation = 0  # changes when pointers do
         self.bound: object = None  # what a decoder keeps bound to these buffers
+        self.moved = 0  # bytes copied from row to row so far; growing is not counted
 
     def _allocate(self, spec: CacheSpec, slots: int, capacity: int) -> Buffer:
         return self.memory.allocate((slots, spec.num_kv_heads, capacity, spec.head_dim), spec.dtype)
@@ -90,11 +91,25 @@ class Cache:
 
     def fork(self, slot: int) -> int:
         """A new slot that holds what `slot` holds."""
-        source = self.row(slot)
+        length = self.length(slot)
         target = self.acquire()
-        self._copy_row(source, self.row(target))
-        self.lengths[self.row(target)] = self.lengths[source]
+        self.copy_positions(slot, target, 0, length)
         return target
+
+    def copy_positions(self, source_slot: int, target_slot: int, start: int, end: int) -> None:
+        """Let `target_slot` hold what `source_slot` does up to `end`, where it does so up to `start` already.
+
+        Raises InputError where the target holds fewer than `start` positions or the source fewer than `end`.
+        """
+        source, target = self.row(source_slot), self.row(target_slot)
+        if not 0 <= start <= end <= self.lengths[source] or start > self.lengths[target]:
+            raise InputError(
+                f"cannot copy positions {start} to {end} of slot {source_slot}, which holds {self.lengths[source]}, to "
+                f"slot {target_slot}, which holds {self.lengths[target]}: expected start <= end, no end past what the "
+                "source holds and no start past what the target holds"
+            )
+        self._copy_row(source, target, start, end)
+        self.lengths[target] = end
 
     def reserve(self, slot: int, positions: int) -> None:
         """Make room for `positions` more in a slot. Raises LengthError past the longest length."""
@@ -141,7 +156,7 @@ class Cache:
             return
         other = next((s for s, row in self._row.items() if row == target), None)
         if other is None:
-            self._copy_row(source, target)
+            self._copy_row(source, target, 0, int(self.lengths[source]))
             self._free.remove(target)
             self._free.append(source)
         else:
@@ -150,10 +165,21 @@ class Cache:
         self._row[slot] = target
         self.lengths[[source, target]] = self.lengths[[target, source]]
 
-    def _copy_row(self, source: int, target: int) -> None:
-        for buffer in self.buffers:
-            size = buffer.nbytes // self.slots
-            self.memory.copy(buffer, target * size, buffer, source * size, size)
+    def _copy_row(self, source: int, target: int, start: int, end: int) -> None:
+        for spec, buffer in zip(self.specs, self.buffers):
+            self.moved += self._copy_entry(spec, buffer, source, target, start, end)
+
+    def _copy_entry(self, spec: CacheSpec, buffer: Buffer, source: int, target: int, start: int, end: int) -> int:
+        """Copy what one entry holds of these positions to another row; returns how many bytes that was.
+
+        The one place that knows where a position lies. An entry without positions, a state, belongs to all of them at
+        once: it would be copied whole here, whatever `start` and `end` are.
+        """
+        head = buffer.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
+        row, position = head * spec.num_kv_heads, head // self.capacity
+        first, width = buffer.pointer + start * position, (end - start) * position
+        self.memory.copy_2d(first + target * row, head, first + source * row, head, width, spec.num_kv_heads)
+        return width * spec.num_kv_heads
 
     def _swap_rows(self, one: int, other: int) -> None:
         for spec, buffer in zip(self.specs, self.buffers):
@@ -162,6 +188,7 @@ class Cache:
             self.memory.copy(spare, 0, buffer, one * size, size)
             self.memory.copy(buffer, one * size, buffer, other * size, size)
             self.memory.copy(buffer, other * size, spare, 0, size)
+            self.moved += 3 * size
 
     def pointers(self, row: int) -> list[int]:
         """The address of `row` in every buffer."""

@@ -36,7 +36,8 @@ class Decoder:
 
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         check_runtime(manifest)
-        self.manifest = manifest
+        assert manifest.roles is not None, "the manifest has no decoder"
+        self.manifest, self.roles = manifest, manifest.roles
         device, why_not = without_cuda(manifest, device)
         opened = open_session(folder / manifest.graphs["decoder"].file, device=device, threads=thread_count(threads))
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
@@ -46,7 +47,7 @@ class Decoder:
 
     def _check_signature(self) -> None:
         """The graph has the inputs and outputs that the manifest says."""
-        roles, cache = self.manifest.roles, self.manifest.cache
+        roles, cache = self.roles, self.manifest.cache
         session = self._session
         found = {
             v.name for v in (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
@@ -108,7 +109,7 @@ class Decoder:
 
     def _append(self, cache: Cache, slot: int, ids: Ids, keep: int) -> Logits:
         row = cache.row(slot)
-        past, roles = int(cache.lengths[row]), self.manifest.roles
+        past, roles = int(cache.lengths[row]), self.roles
         binding = self._binding()
         held = [ids[None], np.ones((1, past + len(ids)), np.int64), np.arange(past, past + len(ids))[None]]
         for name, array in zip((roles.input_ids, roles.attention_mask, roles.position_ids), held):
@@ -163,7 +164,7 @@ class BoundStep:
 
     def __init__(self, decoder: Decoder, cache: Cache, first: int, rows: int) -> None:
         self.key = (id(decoder), cache.generation, first, rows)
-        self.decoder, self.roles = decoder, decoder.manifest.roles
+        self.decoder, self.roles = decoder, decoder.roles
         self.lengths = cache.lengths[first : first + rows]  # a view: the cache's own
         self.ids = np.zeros((rows, 1), np.int64)
         self.positions = np.zeros((rows, 1), np.int64)
