@@ -1,18 +1,35 @@
-"""Turns the sizes and choices of a transformer into one frozen, checked config, and holds the checks.
+"""Turns the sizes and choices of a transformer into one frozen, checked config.
 
-It knows no torch. The modules beside it call the same checks, so that each of them can also be built alone.
+It knows no torch. What a single setting may be is in `checks.py`; what must fit together is here.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 from tfinfer.errors import InputError
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu"]
-Norm = Literal["layer_norm", "rms_norm"]
-NormPosition = Literal["pre", "post"]
-Position = Literal["sinusoidal", "learned", "rotary", "none"]
+from .checks import (
+    Activation,
+    AttentionPattern,
+    KernelForm,
+    Norm,
+    NormPosition,
+    Position,
+    Similarity,
+    check_buckets,
+    check_choice,
+    check_dropout,
+    check_even,
+    check_pattern,
+    check_positive,
+    check_similarity,
+    check_size,
+    check_switch,
+    resolve_heads,
+)
+
+_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length")
+_OPTIONAL_SIZES = ("value_dim", "num_decoder_layers")
+_SWITCHES = ("attention_bias", "ffn_bias", "embedding_norm", "tie_embeddings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,30 +39,54 @@ class TransformerConfig:
     Without `num_kv_heads` every query head has its own key/value head; without `head_dim` the heads divide
     `hidden_size` among them. Both are numbers once the config is made, so `dataclasses.replace` keeps them: pass
     `num_kv_heads=None` or `head_dim=None` with it to have them chosen anew.
+
+    `value_dim` is the size of a head's values, `head_dim` when None. `attention_scale` is what scores are multiplied
+    by, the similarity's own factor when None. `window`, `block_size`, `num_global_tokens` and `segment_size` belong to
+    their attention patterns, `relative_buckets` and `relative_max_distance` to relative positions. An encoder-decoder
+    has `num_decoder_layers` on the target's side, `num_layers` when None, and ignores source tokens equal to `pad_id`.
+    With `num_token_types` an encoder also knows which part of its input a token belongs to.
     """
 
     vocab_size: int
     hidden_size: int
     num_layers: int
+    num_decoder_layers: int | None = None
     num_heads: int
     num_kv_heads: int = None  # type: ignore[assignment]  # a number after __post_init__
     head_dim: int = None  # type: ignore[assignment]  # a number after __post_init__
+    value_dim: int | None = None
     intermediate_size: int
     activation: Activation = "gelu"
     norm: Norm = "layer_norm"
     norm_position: NormPosition = "pre"
     norm_eps: float = 1e-5
+    embedding_norm: bool = False
     position: Position = "learned"
     rope_theta: float = 10000.0
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
     max_length: int
+    similarity: Similarity = "scaled_dot"
+    kernel_form: KernelForm = "quadratic"
+    attention_scale: float | None = None
     attention_bias: bool = True
+    attention_pattern: AttentionPattern = "full"
+    window: int | None = None
+    block_size: int | None = None
+    num_global_tokens: int | None = None
+    segment_size: int | None = None
     ffn_bias: bool = True
     dropout: float = 0.0
     tie_embeddings: bool = True
+    num_token_types: int = 0
+    pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length"):
+        for name in _SIZES:
             check_size(name, getattr(self, name))
+        for name in _OPTIONAL_SIZES:
+            if getattr(self, name) is not None:
+                check_size(name, getattr(self, name))
         num_kv_heads, head_dim = resolve_heads(self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim)
         object.__setattr__(self, "num_kv_heads", num_kv_heads)
         object.__setattr__(self, "head_dim", head_dim)
@@ -53,81 +94,48 @@ class TransformerConfig:
         check_choice("activation", self.activation, Activation)
         check_choice("norm", self.norm, Norm)
         check_choice("norm_position", self.norm_position, NormPosition)
+        check_positive("norm_eps", self.norm_eps)
+        check_dropout(self.dropout)
+        for name in _SWITCHES:
+            check_switch(name, getattr(self, name))
+        self._check_positions()
+        self._check_attention()
+        self._check_tokens()
+
+    def _check_positions(self) -> None:
         check_choice("position", self.position, Position)
+        check_positive("rope_theta", self.rope_theta)
+        check_buckets(self.relative_buckets, self.relative_max_distance)
         if self.position == "rotary":
-            check_even("head_dim", head_dim, "rotary positions turn its two halves together")
+            check_even("head_dim", self.head_dim, "rotary positions turn its two halves together")
         if self.position == "sinusoidal":
             check_even("hidden_size", self.hidden_size, "sinusoidal positions pair a sine with a cosine")
 
-        check_positive("norm_eps", self.norm_eps)
-        check_positive("rope_theta", self.rope_theta)
-        check_dropout(self.dropout)
-        for name in ("attention_bias", "ffn_bias", "tie_embeddings"):
-            check_switch(name, getattr(self, name))
-
-
-def resolve_heads(
-    hidden_size: int, num_heads: int, num_kv_heads: int | None = None, head_dim: int | None = None
-) -> tuple[int, int]:
-    """Return `(num_kv_heads, head_dim)` with their defaults filled in; raise where the heads do not fit together."""
-    check_size("hidden_size", hidden_size)
-    check_size("num_heads", num_heads)
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise InputError(
-                f"hidden_size must be a multiple of num_heads when head_dim is not given, "
-                f"got hidden_size={hidden_size} and num_heads={num_heads}; change one of them or give head_dim"
-            )
-        head_dim = hidden_size // num_heads
-    check_size("head_dim", head_dim)
-    if num_kv_heads is None:
-        num_kv_heads = num_heads
-    check_size("num_kv_heads", num_kv_heads)
-    if num_heads % num_kv_heads:
-        fitting = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
-        raise InputError(
-            f"num_heads must be a multiple of num_kv_heads, got num_heads={num_heads} and num_kv_heads={num_kv_heads}; "
-            f"set num_kv_heads to one of {fitting}"
+    def _check_attention(self) -> None:
+        check_similarity(self.similarity, self.kernel_form, self.attention_scale)
+        check_pattern(
+            self.attention_pattern,
+            window=self.window,
+            block_size=self.block_size,
+            num_global_tokens=self.num_global_tokens,
+            segment_size=self.segment_size,
         )
-    return num_kv_heads, head_dim
+        if self.kernel_form == "linear" and self.attention_pattern != "full":
+            raise InputError(
+                f"kernel_form 'linear' keeps one sum over all earlier positions and cannot leave some out, got "
+                f"attention_pattern {self.attention_pattern!r}; use kernel_form='quadratic' or attention_pattern='full'"
+            )
+        if self.similarity == "kernel" and self.position in ("alibi", "relative"):
+            raise InputError(
+                f"position {self.position!r} is added to the scores of a softmax and similarity 'kernel' has none; "
+                f"use position 'sinusoidal', 'learned', 'rotary' or 'none', or another similarity"
+            )
 
-
-def check_size(name: str, value: Any) -> None:
-    """Raise unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}; give a positive int")
-
-
-def check_even(name: str, value: int, reason: str) -> None:
-    """Raise unless `value` is even."""
-    if value % 2:
-        raise InputError(f"{name} must be even because {reason}, got {value}; use {value - 1 or 2} or {value + 1}")
-
-
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise unless `value` is one of the names in the `Literal` type `choices`."""
-    known = get_args(choices)
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}; set it to one of these names")
-
-
-def check_positive(name: str, value: Any) -> None:
-    """Raise unless `value` is a finite number above 0."""
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise InputError(f"{name} must be a finite number above 0, got {value!r}; give a positive float")
-
-
-def check_dropout(value: Any) -> None:
-    """Raise unless `value` is the probability of an element to be dropped, below 1 so that something is left."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise InputError(f"dropout must be at least 0 and below 1, got {value!r}; use 0.0 for none")
-
-
-def check_switch(name: str, value: Any) -> None:
-    """Raise unless `value` is a bool: a text such as "false" would count as true."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, got {value!r}; give a bool")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    def _check_tokens(self) -> None:
+        if self.num_token_types != 0:
+            check_size("num_token_types", self.num_token_types)
+        if self.pad_id is not None and (isinstance(self.pad_id, bool) or self.pad_id not in range(self.vocab_size)):
+            raise InputError(
+                f"pad_id must be a token id from 0 to {self.vocab_size - 1}, got {self.pad_id!r}; "
+                f"give the id the source is padded with, or None"
+            )

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .config import TransformerConfig, check_even, check_positive, check_size
+from .checks import check_even, check_positive, check_size
+from .config import TransformerConfig
 
 
 def sinusoidal_table(length: int, size: int) -> Tensor:
@@ -92,7 +93,7 @@ class RotaryPositions(nn.Module):
 
 
 def build_positions(config: TransformerConfig) -> nn.Module:
-    """Make what is applied to the embeddings; for "rotary", which acts inside attention, and "none" it changes nothing.
+    """Make what is applied to the embeddings; for what acts inside attention, and for "none", it changes nothing.
 
     A decoder without any still tells positions apart, by how many each one sees: "Transformer Language Models without
     Positional Encodings Still Learn Positional Information" (Haviv et al. 2022).

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 
@@ -430,9 +431,9 @@ CONFIG_ERRORS = [
     ({"position": "rotary", "head_dim": 1}, "head_dim must be even .*got 1; use 2"),
     ({"position": "sinusoidal", "hidden_size": 15, "num_heads": 3}, "hidden_size must be even .*got 15"),
     ({"activation": "gleu"}, "activation must be one of relu, gelu, gelu_tanh, swiglu, got 'gleu'"),
-    ({"norm": "batch_norm"}, "norm must be one of layer_norm, rms_norm, got 'batch_norm'"),
+    ({"norm": "group_norm"}, "norm must be one of layer_norm, rms_norm, batch_norm, got 'group_norm'"),
     ({"norm_position": "middle"}, "norm_position must be one of pre, post, got 'middle'"),
-    ({"position": None}, "position must be one of sinusoidal, learned, rotary, none, got None"),
+    ({"position": None}, "position must be one of sinusoidal, learned, rotary, alibi, relative, none, got None"),
     *(({"norm_eps": value}, "norm_eps must be a finite number above 0") for value in (0, -1e-5, math.nan, math.inf)),
     *(({"rope_theta": value}, "rope_theta must be a finite number above 0") for value in (0.0, math.inf, "1e4")),
     *(({"dropout": value}, "dropout must be at least 0 and below 1") for value in (1, 1.5, -0.1, math.nan, None)),
@@ -478,7 +479,7 @@ def test_unknown_settings_raise():
 
 def test_public_names():
     """Everything listed exists, and nothing public but the files themselves is left out."""
-    files = {"attention", "blocks", "config", "positions", "transformer"}
+    files = {path.stem for path in Path(modules.__file__).parent.glob("[!_]*.py")}
     public = {name for name in vars(modules) if not name.startswith("_")} - files
     assert public == set(modules.__all__)
 
