@@ -1,7 +1,8 @@
 """What the axes of a tensor are made of, so that views, transposes and repeats cost nothing until someone computes.
 
-An axis is a row of *atoms*: the batch, new positions (QUERY), all positions (KEY), a fixed size, or a repeat. An axis
-of size 1 has none. `view`, `transpose`, `expand` only regroup atoms; see `tensor.py` for how that becomes ONNX.
+An axis is a row of *atoms*: the batch, new positions (QUERY), all positions (KEY), an encoder's positions (SOURCE), a
+fixed size, or a repeat. An axis of size 1 has none. `view`, `transpose`, `expand` only regroup atoms; see `tensor.py`
+for how that becomes ONNX.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Role(enum.Enum):
     BATCH = "batch"
     QUERY = "query"  # the new positions
     KEY = "key"  # all positions, past and new
+    SOURCE = "source"  # the positions of an encoder, which are all there at once
 
 
 @dataclass(eq=False, frozen=True)
@@ -54,6 +56,11 @@ def has(axis: Axis, role: Role) -> bool:
     return any(atom.role is role for atom in axis)
 
 
+def position(axis: Axis) -> Role | None:
+    """The role of the positions along an axis, if it has any."""
+    return next((atom.role for atom in axis if atom.role not in (None, Role.BATCH)), None)
+
+
 def axis_of(axes: Axes, role: Role) -> int | None:
     """The index of the axis that holds `role`, if one does."""
     return next((i for i, axis in enumerate(axes) if has(axis, role)), None)
@@ -77,9 +84,14 @@ class Symbols:
 
     batch: Any
     seq: Any
+    source: Any = None
+    key: Any = None  # where the keys are not those of the queries' own sequence
 
     def size(self, atom: Atom) -> Any:
-        return atom.size if atom.role is None else self.batch if atom.role is Role.BATCH else self.seq
+        if atom.role is None:
+            return atom.size
+        sizes = {Role.BATCH: self.batch, Role.SOURCE: self.source, Role.KEY: self.key or self.seq}
+        return sizes.get(atom.role, self.seq)
 
     def product(self, axis: Axis) -> Any:
         return math.prod((self.size(atom) for atom in axis), start=1)

@@ -7,6 +7,7 @@ written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from .axes import Role
 
 CONTRIB = "com.microsoft"
+SHARED = "shared"  # in an initializer's meta: equal in two graphs of a folder for equal contents
 DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float64: ir.DataType.DOUBLE,
@@ -39,10 +41,44 @@ def _lazy(tensor: torch.Tensor, name: str) -> ir.TensorProtocol:
     return ir.LazyTensor(lambda: TorchTensor(tensor.contiguous()), dtype=DTYPES[tensor.dtype], shape=shape, name=name)
 
 
+@dataclass(frozen=True)
+class Interface:
+    """What a graph may take, int64 all of it, and where the sizes of a call are read."""
+
+    inputs: dict[str, tuple[str, str]]
+    sizes: dict[Role, tuple[str, int]]
+
+
+DECODER = Interface(
+    {
+        "input_ids": ("batch", "seq"),
+        "attention_mask": ("batch", "total"),
+        "position_ids": ("batch", "seq"),
+        "source_mask": ("batch", "source"),
+    },
+    {
+        Role.BATCH: ("input_ids", 0),
+        Role.QUERY: ("input_ids", 1),
+        Role.KEY: ("attention_mask", 1),
+        Role.SOURCE: ("source_mask", 1),
+    },
+)
+ENCODER = Interface(
+    dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ("batch", "seq")),
+    {Role.BATCH: ("input_ids", 0), Role.SOURCE: ("input_ids", 1)},
+)
+# The whole sequences at once, for the weights of attention: of a decoder, and of an encoder-decoder.
+WHOLE = Interface({"input_ids": ("batch", "seq")}, {Role.BATCH: ("input_ids", 0), Role.KEY: ("input_ids", 1)})
+BOTH_WHOLE = Interface(
+    {"source_ids": ("batch", "source"), **WHOLE.inputs}, {**WHOLE.sizes, Role.SOURCE: ("source_ids", 1)}
+)
+
+
 class Emitter:
     """Collects the inputs, nodes and initializers of one graph."""
 
-    def __init__(self) -> None:
+    def __init__(self, interface: Interface = DECODER) -> None:
+        self.interface = interface
         self.inputs: dict[str, ir.Value] = {}
         self.outputs: list[ir.Value] = []
         self.nodes: list[ir.Node] = []
@@ -50,6 +86,7 @@ class Emitter:
         self._made: dict[Any, tuple[ir.Value, ...]] = {}
         self._constants: dict[Any, ir.Value] = {}
         self._counts: dict[str, int] = {}
+        self._carried: dict[ir.Value, ir.Value] = {}
         self.needs_opset_24 = False
 
     # -- inputs and constants -----------------------------------------------------------------------------------
@@ -76,6 +113,7 @@ class Emitter:
         if key not in self._constants:
             name = self._fresh(name) if name in self.initializers or name == "table" else name
             self._constants[key] = self._initializer(name, _lazy(tensor, name), tensor.shape)
+            self._constants[key].meta[SHARED] = key
         return self._constants[key]
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.Value:
@@ -124,26 +162,27 @@ class Emitter:
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self.outputs.append(value)
 
+    def carried(self, home: Emitter, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """A value of another graph, which becomes its output and an input of this one, once for each value."""
+        if value not in self._carried:
+            name = f"cross.{len(self._carried)}"
+            home.output(value, name, dtype, ["seq" if size == "source" else size for size in shape])
+            self._carried[value] = self.input(name, dtype, shape)
+        return self._carried[value]
+
     # -- the sizes of the current call --------------------------------------------------------------------------
-    def input_ids(self) -> ir.Value:
-        return self.input("input_ids", ir.DataType.INT64, ("batch", "seq"))
-
-    def attention_mask(self) -> ir.Value:
-        return self.input("attention_mask", ir.DataType.INT64, ("batch", "total"))
-
-    def position_ids(self) -> ir.Value:
-        return self.input("position_ids", ir.DataType.INT64, ("batch", "seq"))
+    def given(self, name: str) -> ir.Value:
+        """One of the inputs that the graph's interface allows; it is the graph's own once it was asked for."""
+        return self.input(name, ir.DataType.INT64, self.interface.inputs[name])
 
     def size(self, role: Role) -> ir.Value:
-        """(1,) int64: the batch size, the number of new positions or of all positions."""
-        if role is Role.KEY:
-            return self.op("Shape", self.attention_mask(), start=1, end=2)
-        start = 0 if role is Role.BATCH else 1
-        return self.op("Shape", self.input_ids(), start=start, end=start + 1)
+        """(1,) int64: the batch size, or the number of positions of a role."""
+        name, axis = self.interface.sizes[role]
+        return self.op("Shape", self.given(name), start=axis, end=axis + 1)
 
     def seqlens_k(self) -> ir.Value:
         """(batch,) int32: the index of each row's last valid position, as GroupQueryAttention wants it."""
-        lengths = self.op("ReduceSum", self.attention_mask(), self.constant([1]), keepdims=0)
+        lengths = self.op("ReduceSum", self.given("attention_mask"), self.constant([1]), keepdims=0)
         return self.cast(self.op("Sub", lengths, self.constant([1])), torch.int32)
 
     def total_length(self) -> ir.Value:
@@ -152,11 +191,11 @@ class Emitter:
 
     def write_indices(self) -> ir.Value:
         """(batch,) int64: where each row's new positions begin in the cache."""
-        return self.op("Gather", self.position_ids(), self.constant(0), axis=1)
+        return self.op("Gather", self.given("position_ids"), self.constant(0), axis=1)
 
     # -- the whole ----------------------------------------------------------------------------------------------
     def model(self, name: str, opset: int) -> ir.Model:
-        order = ("input_ids", "attention_mask", "position_ids")
+        order = ("source_ids", *DECODER.inputs, "token_type_ids")
         inputs = sorted(self.inputs.values(), key=lambda v: order.index(v.name) if v.name in order else len(order))
         used = {v for node in self.nodes for v in node.inputs if v is not None}
         kept = [v for v in self.initializers.values() if v in used or v.name in self.inputs]

@@ -65,6 +65,11 @@ def _bias(f: Follower, pattern: Pattern, window_too: bool) -> ir.Value | None:
         read = _with_window(pattern, pattern.window, f.max_length)
     if read is None:
         return None
+    return placed_bias(f, read, Role.QUERY, Role.KEY)
+
+
+def placed_bias(f: Follower, read: PerKey | ByDistance | Square, query: Role, key: Role) -> ir.Value:
+    """(batch or 1, heads or 1, query, key): a table over pairs of positions; what it hides is low, but finite."""
     table = read.table.clamp(min=HIDDEN_SCORE)
     placed = f.place_square(type(read)(table), [1], 2, 3, torch.float32)
     value = placed.arranged(f.emit, range(4), 0)
@@ -72,7 +77,7 @@ def _bias(f: Follower, pattern: Pattern, window_too: bool) -> ir.Value | None:
         first = min(placed.dims)
         value = f.emit.op("Unsqueeze", value, f.emit.constant(list(range(first))))
     if isinstance(read, PerKey):  # the operators want every query row
-        parts = [f.emit.constant([1, table.shape[0]]), f.emit.size(Role.QUERY), f.emit.size(Role.KEY)]
+        parts = [f.emit.constant([1, table.shape[0]]), f.emit.size(query), f.emit.size(key)]
         value = f.emit.op("Expand", value, f.emit.op("Concat", *parts, axis=0))
     return value
 
@@ -115,7 +120,7 @@ def _standard(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> ir.Va
         present = scatter(f.emit, past, _rows_of(f, side, four=True))
         f.present(entry, present)
         valid.append(f.valid(present))
-    lengths = f.emit.op("ReduceSum", f.emit.attention_mask(), f.emit.constant([1]), keepdims=0)
+    lengths = f.emit.op("ReduceSum", f.emit.given("attention_mask"), f.emit.constant([1]), keepdims=0)
     inputs = (_rows_of(f, q, four=True), *valid, _bias(f, pattern, window_too=True), None, None, lengths)
     options: dict[str, Any] = {"scale": pattern.scale, "is_causal": 1}
     (out,) = f.emit.multi("Attention", *inputs, outputs=1, version=24, **options)  # (batch, heads, seq, v_dim)

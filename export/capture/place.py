@@ -63,38 +63,57 @@ def _squeezed(table: torch.Tensor, front: Sequence[int]) -> tuple[torch.Tensor, 
 def gather_rows(emit: Emitter, table: torch.Tensor, axis: int) -> Placed:
     """The rows of `axis` at each row's new positions: (batch, seq, ...)."""
     rows, rest = _squeezed(table, [axis])
-    return Placed(emit.op("Gather", _table(emit, rows), emit.position_ids(), axis=0), (BATCH, axis, *rest))
+    return Placed(emit.op("Gather", _table(emit, rows), emit.given("position_ids"), axis=0), (BATCH, axis, *rest))
 
 
-def slice_keys(emit: Emitter, table: torch.Tensor, axis: int) -> Placed:
-    """The first `total` rows of `axis`."""
+def slice_positions(emit: Emitter, table: torch.Tensor, axis: int, role: Role) -> Placed:
+    """The first rows of `axis`, as many as there are positions of `role`."""
     rows, rest = _squeezed(table, [axis])
-    total = emit.size(Role.KEY)
-    value = emit.op("Slice", _table(emit, rows), emit.constant([0]), total, emit.constant([0]))
+    value = emit.op("Slice", _table(emit, rows), emit.constant([0]), emit.size(role), emit.constant([0]))
     return Placed(value, (axis, *rest))
 
 
-def _key_positions(emit: Emitter) -> ir.Value:
-    """(total,) int64"""
-    end = emit.op("Squeeze", emit.size(Role.KEY))
+def _positions(emit: Emitter, role: Role) -> ir.Value:
+    """(n,) int64: 0 to the number of positions of `role`."""
+    end = emit.op("Squeeze", emit.size(role))
     return emit.op("Range", emit.constant(0), end, emit.constant(1))
 
 
+def _squares(rest: Sequence[int], query: int, key: int, kept: Sequence[int], whole: bool) -> tuple[int, ...]:
+    """The dimensions of a table over pairs of positions; new positions bring their batch along."""
+    front = (query, key) if whole else (BATCH, query, key)
+    return (*front, *(rest[i] for i in kept))
+
+
 def gather_by_distance(
-    emit: Emitter, table: torch.Tensor, length: int, rest: Sequence[int], query: int, key: int
+    emit: Emitter, table: torch.Tensor, length: int, rest: Sequence[int], query: int, key: int, whole: Role | None
 ) -> Placed:
-    """table: (..., 2 * length - 1) -> (batch, seq, total, ...): its entries at query position - key position."""
+    """table: (..., 2 * length - 1): its entries at query position - key position.
+
+    Gives (batch, seq, total, ...); where the positions are all there, those of the role `whole`, (n, n, ...).
+    """
     rows, kept = _squeezed(table, [table.dim() - 1])
-    position = emit.op("Unsqueeze", emit.position_ids(), emit.constant([2]))  # (batch, seq, 1)
-    distance = emit.op("Sub", emit.op("Add", position, emit.constant(length - 1)), _key_positions(emit))
+    if whole is None:
+        position = emit.op("Unsqueeze", emit.given("position_ids"), emit.constant([2]))  # (batch, seq, 1)
+    else:
+        position = emit.op("Unsqueeze", _positions(emit, whole), emit.constant([1]))  # (n, 1)
+    keys = _positions(emit, whole or Role.KEY)
+    distance = emit.op("Sub", emit.op("Add", position, emit.constant(length - 1)), keys)
     value = emit.op("Gather", _table(emit, rows), distance, axis=0)
-    return Placed(value, (BATCH, query, key, *(rest[i] for i in kept)))
+    return Placed(value, _squares(rest, query, key, kept, whole is not None))
 
 
-def gather_square(emit: Emitter, table: torch.Tensor, rest: Sequence[int], query: int, key: int) -> Placed:
-    """table: (..., length, length) -> (batch, seq, total, ...): rows at the new positions, columns up to total."""
+def gather_square(
+    emit: Emitter, table: torch.Tensor, rest: Sequence[int], query: int, key: int, whole: Role | None
+) -> Placed:
+    """table: (..., length, length): its rows at the new positions, or all there are; columns up to the total length."""
     rank = table.dim()
     rows, kept = _squeezed(table, [rank - 2, rank - 1])
-    gathered = emit.op("Gather", _table(emit, rows), emit.position_ids(), axis=0)
-    value = emit.op("Slice", gathered, emit.constant([0]), emit.size(Role.KEY), emit.constant([2]))
-    return Placed(value, (BATCH, query, key, *(rest[i] for i in kept)))
+    if whole is None:
+        gathered = emit.op("Gather", _table(emit, rows), emit.given("position_ids"), axis=0)
+        value = emit.op("Slice", gathered, emit.constant([0]), emit.size(Role.KEY), emit.constant([2]))
+    else:
+        size = emit.size(whole)
+        ends = emit.op("Concat", size, size, axis=0)
+        value = emit.op("Slice", _table(emit, rows), emit.constant([0, 0]), ends, emit.constant([0, 1]))
+    return Placed(value, _squares(rest, query, key, kept, whole is not None))

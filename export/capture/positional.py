@@ -6,7 +6,8 @@ Nobody's way of writing a mask or a table matters: the node is evaluated at a le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx
 
 from tfinfer.errors import CaptureError
 
-from .trace import Trace, arguments, aten, call, is_computed, is_pointwise, mapped, read_for_values, refuse
+from .trace import Kind, Trace, arguments, aten, call, is_computed, is_pointwise, mapped, read_for_values, refuse
 
 MOVES_ONLY = {
     aten.clone.default,
@@ -28,14 +29,22 @@ FACTORIES = {aten.ones.default, aten.zeros.default, aten.full.default, aten.empt
 SQUARE_LIMIT = 2**22
 
 
-class Positional:
-    """Evaluates positional nodes at a sequence length and batch 1, each node once for a length."""
+OTHER_LENGTH = 5  # of the other sequence of an encoder-decoder, while nobody says otherwise
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.length = 0
+
+class Positional:
+    """Evaluates positional nodes at a sequence length and batch 1, each node once for a length.
+
+    symbol: the length that is meant, the target's or the source's. A padding mask, on which nodes may depend as well,
+    is full unless `given` says otherwise.
+    """
+
+    def __init__(self, trace: Trace, symbol: Any) -> None:
+        self.trace, self.symbol = trace, symbol
+        self.length, self.other = 0, OTHER_LENGTH
+        self.mask: torch.Tensor | None = None  # (source length,) bool
         self._values: dict[fx.Node, Any] = {}
-        self._of_length: dict[int, dict[fx.Node, Any]] = {}
+        self._of_length: dict[Any, dict[fx.Node, Any]] = {}
         self._rules: dict[Any, Callable[..., torch.Tensor | None]] = {
             aten.arange.default: self._arange,
             aten.arange.start: self._arange,
@@ -61,8 +70,29 @@ class Positional:
         self._turn_to(length)
         return self._cut(node, axis, rows)
 
+    @contextmanager
+    def given(self, mask: torch.Tensor | None = None, other: int | None = None) -> Iterator[None]:
+        """Another padding mask, (source length,) bool, or another length of the other sequence."""
+        before = self.mask, self.other
+        self.mask, self.other = mask, self.other if other is None else other
+        try:
+            yield
+        finally:
+            self.mask, self.other = before
+
     def _turn_to(self, length: int) -> None:
-        self.length, self._values = length, self._of_length.setdefault(length, {})
+        key = (length, self.other, None if self.mask is None else tuple(self.mask.tolist()))
+        self.length, self._values = length, self._of_length.setdefault(key, {})
+
+    def _known(self) -> dict[Any, int]:
+        """The sizes that the symbols stand for."""
+        other = {symbol: self.other for symbol in (self.trace.seq, self.trace.source) if symbol is not None}
+        return {self.trace.batch: 1, **other, self.symbol: self.length}
+
+    def _padding_mask(self, node: fx.Node) -> torch.Tensor:
+        length = self.length if self.symbol == self.trace.source else self.other
+        mask = torch.ones(1, length, dtype=torch.bool) if self.mask is None else self.mask[None]
+        return ~mask if self.trace.inputs[node].kind is Kind.PADDING else mask.long()
 
     # -- whole --------------------------------------------------------------------------------------------------
     def _whole(self, node: fx.Node) -> Any:
@@ -73,15 +103,13 @@ class Positional:
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
             return self.trace.constant(node)
+        if node in self.trace.masks and node in self.trace.inputs:
+            return self._padding_mask(node)
         if node in self.trace.data:
             raise refuse(node, "a length or mask is computed from the values of the ids")
         if node.target is aten.sym_size.int and arguments(node)[0] in self.trace.data:
             size = node.meta["val"]
-            return (
-                int(size.node.expr.subs({self.trace.batch: 1, self.trace.seq: self.length}))
-                if isinstance(size, torch.SymInt)
-                else size
-            )
+            return int(size.node.expr.subs(self._known())) if isinstance(size, torch.SymInt) else size
         read = read_for_values(node)
         args, kwargs = mapped(
             node, lambda n: self._stand_in(n) if n in self.trace.data and n not in read else self._whole(n)
@@ -90,7 +118,7 @@ class Positional:
 
     def _stand_in(self, node: fx.Node) -> torch.Tensor:
         """Something of the type and shape of a data node, for an operation that does not read its values."""
-        known = {self.trace.batch: 1, self.trace.seq: self.length}
+        known = self._known()
         shape = [size if isinstance(size, int) else int(size.subs(known)) for size in self.trace.shape(node)]
         return torch.empty(1, dtype=node.meta["val"].dtype).expand(shape)
 
@@ -99,7 +127,7 @@ class Positional:
         value = node.meta.get("val") if isinstance(node, fx.Node) else None
         if not isinstance(value, torch.Tensor) or not 0 <= axis < value.dim():
             return False
-        return self.trace.shape(node)[axis] == self.trace.seq
+        return self.trace.shape(node)[axis] == self.symbol
 
     def _cut(self, node: fx.Node, axis: int, rows: torch.Tensor) -> torch.Tensor:
         square = math.prod(self.length if self._is_seq(node, i) else 1 for i in range(node.meta["val"].dim()))
@@ -198,14 +226,14 @@ def longest_length(positional: Positional, nodes: Sequence[fx.Node], wanted: int
     A module says its longest length by a guard (a buffer that is sliced) or by failing beyond it (a table that is
     indexed). Raises CaptureError where `wanted` is more than the module allows.
     """
-    limit = positional.trace.longest
+    limit = positional.trace.limits.get(positional.symbol)
     ceiling = min(wanted or default, limit or default if wanted is None else limit or wanted)
 
     def allowed(length: int) -> bool:
         row = torch.tensor([length - 1])
         try:
             for node in nodes:
-                positional.rows(node, _sequence_axis(positional.trace, node), row, length)
+                positional.rows(node, _sequence_axis(positional, node), row, length)
         except (IndexError, RuntimeError):
             return False
         return True
@@ -225,22 +253,20 @@ def longest_length(positional: Positional, nodes: Sequence[fx.Node], wanted: int
     return high
 
 
-def _sequence_axis(trace: Trace, node: fx.Node) -> int:
-    return next(i for i, size in enumerate(trace.shape(node)) if size == trace.seq)
+def _sequence_axis(positional: Positional, node: fx.Node) -> int:
+    return next(i for i, size in enumerate(positional.trace.shape(node)) if size == positional.symbol)
 
 
-def read_by_data(trace: Trace) -> list[fx.Node]:
-    """The positional nodes with a sequence axis that data nodes read."""
+def read_by_data(trace: Trace, symbol: Any) -> list[fx.Node]:
+    """The positional nodes with a sequence axis of length `symbol` that data nodes read."""
     found: dict[fx.Node, None] = {}
     for node in trace.nodes:
-        if node in trace.data and node is not trace.input_ids:
+        if node in trace.data and node not in trace.inputs:
             for operand in node.all_input_nodes:
-                value = operand.meta.get("val")
-                if (
-                    operand not in trace.data
-                    and is_computed(operand)
-                    and isinstance(value, torch.Tensor)
-                    and trace.seq in trace.shape(operand)
-                ):
+                if operand not in trace.data and is_computed(operand) and _has_axis(trace, operand, symbol):
                     found[operand] = None
     return list(found)
+
+
+def _has_axis(trace: Trace, node: fx.Node, symbol: Any) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and symbol in trace.shape(node)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axes import Axes, Role, Symbols, flat, has
+from .axes import Atom, Axes, Role, Symbols, flat, has
 from .positional import Positional
 from .tables import ByDistance, NotStable, PerKey, Square, close, read_structure, sampled_rows, whole_square
 from .tensor import sizes
@@ -44,6 +44,10 @@ VIEWS = {
 }
 # made-up score(s), rows, length -> (heads, rows, length) in float64
 Scores = Callable[[float, torch.Tensor, int], torch.Tensor]
+
+
+class Unreadable(Exception):
+    """An operation on the scores that is neither element-wise nor a view, or a mask that does more than to hide."""
 
 
 class NotCausal(Exception):
@@ -107,6 +111,75 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
     return replace(pattern, bias=_read_bias(bias, length))
 
 
+@dataclass(frozen=True)
+class OpenPattern:
+    """Attention in both directions: a scale, perhaps a bias per (head or 1, query, key), where -inf hides a key.
+
+    hidden: what the score of a key becomes where the padding mask hides it; None where there is no such mask.
+    """
+
+    scale: float = 1.0
+    bias: PerKey | ByDistance | Square | None = None
+    hidden: float | None = None
+
+    def __str__(self) -> str:
+        names = {PerKey: ", a bias per key", ByDistance: ", a bias by distance", Square: ", a table"}
+        return f"full{', padding masked' if self.hidden is not None else ''}{names.get(type(self.bias), '')}"
+
+
+def read_open(scores: Scores, positional: Positional, length: int) -> OpenPattern | None:
+    """The pattern of attention that need not be causal, or None where it is no scale, mask and bias.
+
+    Raises TooLarge or NotStable from the table that an unusual bias needs.
+    """
+    rows = sampled_rows(length)
+    at_zero = scores(0.0, rows, length)
+    visible = at_zero > HIDDEN
+    scale = _scale(scores, at_zero, visible, rows, length) if visible.any() else None
+    if scale is None:
+        return None
+
+    def bias(rows: torch.Tensor, length: int) -> torch.Tensor:
+        value = scores(0.0, rows, length)
+        value = torch.where(value > HIDDEN, value, -torch.inf)
+        return value[:1] if close(value, value[:1].expand_as(value)) else value
+
+    read: PerKey | ByDistance | Square | None = None
+    if not visible.all() or not close(at_zero, torch.zeros_like(at_zero)):
+        read = read_structure(bias, length) or whole_square(bias, length)
+        read = type(read)(read.table.float())
+    try:
+        return OpenPattern(scale, read, _read_mask(scores, positional))
+    except Unreadable:
+        return None
+
+
+def _read_mask(scores: Scores, positional: Positional) -> float | None:
+    """What the padding mask makes of a hidden score; None where no score depends on it.
+
+    Raises Unreadable where it does something else than to hide keys from the tokens that are there.
+    """
+    trace = positional.trace
+    if positional.symbol != trace.source or not any(argument.is_mask for argument in trace.inputs.values()):
+        return None
+    length = 12
+    rows = torch.arange(length)
+    full = scores(0.0, rows, length)
+    found: float | None = None
+    for kept in (12, 5, 1):
+        mask = rows < kept
+        with positional.given(mask=mask):
+            got = scores(0.0, rows, length)[..., :kept, :]  # of the tokens that are there
+        if torch.equal(got, full[..., :kept, :]) and kept < length:
+            continue
+        wanted = (full > HIDDEN)[..., :kept, :] & mask
+        if not torch.equal(got > HIDDEN, wanted) or not close(got[wanted], full[..., :kept, :][wanted]):
+            raise Unreadable
+        if kept < length:
+            found = float(got[..., kept:].max())
+    return found
+
+
 def _scale(
     scores: Scores, at_zero: torch.Tensor, visible: torch.Tensor, rows: torch.Tensor, length: int
 ) -> float | None:
@@ -146,11 +219,15 @@ class Chain:
     ) -> None:
         self.nodes, self.source, self.axes = nodes, source, axes
         self.positional, self.symbols = positional, symbols
+        self.crosses = symbols.size(Atom(Role.KEY)) != positional.symbol  # the keys are those of the other sequence
+
+    def sizes(self, axes: Axes, rows: int, length: int) -> list[int]:
+        return sizes(axes, 1, rows, self.positional.other if self.crosses else length)
 
     def __call__(self, score: float, rows: torch.Tensor, length: int) -> torch.Tensor:
         """(heads, rows, length) in float64; raises Unreadable for an operation that no reader follows."""
         axes = self.axes
-        value = torch.full(sizes(axes, 1, len(rows), length), score, dtype=torch.float64)
+        value = torch.full(self.sizes(axes, len(rows), length), score, dtype=torch.float64)
         if self.source.target is aten.baddbmm.default:  # the product adds a bias itself
             value = self._baddbmm(value, axes, rows, length)
         for node in self.nodes:
@@ -161,7 +238,7 @@ class Chain:
                 if grouped is None:
                     raise Unreadable(node)
                 axes = grouped[0]
-                value = value.reshape(sizes(axes, 1, len(rows), length))
+                value = value.reshape(self.sizes(axes, len(rows), length))
             elif is_pointwise(node.target):
                 value = self._pointwise(node, value, axes, rows, length)
             else:
@@ -191,7 +268,7 @@ class Chain:
         missing = len(axes) - node.meta["val"].dim()
         shape = self.positional.trace.shape(node)
         for i, size in enumerate(shape):
-            if size == self.positional.trace.seq and has(axes[i + missing], Role.QUERY):
+            if size == self.positional.symbol and has(axes[i + missing], Role.QUERY):
                 return self.positional.rows(node, i, rows, length)
         return self.positional.value(node, length)
 
@@ -209,16 +286,11 @@ class Chain:
     def _nodes_and_base(self) -> list[fx.Node]:
         return [*([self.source] if self.source.target is aten.baddbmm.default else []), *self.nodes]
 
-    @staticmethod
-    def canonical(value: torch.Tensor, axes: Axes, rows: int, length: int) -> torch.Tensor:
+    def canonical(self, value: torch.Tensor, axes: Axes, rows: int, length: int) -> torch.Tensor:
         """Scores of any layout as (heads, rows, length)."""
         atoms = flat(axes)
         roles = [atom.role for atom in atoms]
         query, key, batch = roles.index(Role.QUERY), roles.index(Role.KEY), roles.index(Role.BATCH)
         heads = [i for i in range(len(atoms)) if i not in (query, key, batch)]
-        apart = value.reshape(sizes(tuple((atom,) for atom in atoms), 1, rows, length))
+        apart = value.reshape(self.sizes(tuple((atom,) for atom in atoms), rows, length))
         return apart.permute(batch, *heads, query, key).flatten(0, -3)
-
-
-class Unreadable(Exception):
-    """An operation on the scores that is neither element-wise nor a view."""

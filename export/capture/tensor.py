@@ -7,6 +7,7 @@ inverse behind it never reach the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,17 +16,21 @@ import onnx_ir as ir
 import torch
 
 from .axes import Atom, Axes, Axis, Role, flat, substitute
-from .emitter import Emitter
+from .emitter import DTYPES, Emitter
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """`value` lies as `base`; the module sees `axes`, which may hold repeats that `base` has not."""
+    """`value` lies as `base`; the module sees `axes`, which may hold repeats that `base` has not.
+
+    home: the graph that the value is made in, where that is another one than the one that asks for it.
+    """
 
     value: ir.Value
     base: Axes
     axes: Axes
     dtype: torch.dtype
+    home: Emitter | None = None
 
     @classmethod
     def of(cls, value: ir.Value, axes: Axes, dtype: torch.dtype) -> Tensor:
@@ -102,24 +107,47 @@ def size_vector(emitter: Emitter, axes: Sequence[Axis]) -> ir.Value:
 def laid_out(emitter: Emitter, tensor: Tensor, axes: Axes | None = None) -> ir.Value:
     """The tensor's value lying as `axes` (its own by default): at most a Reshape, a Transpose, an Expand, a Reshape."""
     axes = tensor.axes if axes is None else axes
+    if tensor.home is not None:
+        return _carried(emitter, tensor, axes)
     wanted = flat(axes)
     kept = [atom for atom in wanted if not atom.repeat]
     value, lies = tensor.value, tensor.base
     if kept != flat(lies):
         runs = _runs(flat(lies), kept)
-        value, lies = _reshaped(emitter, value, lies, tuple(runs)), tuple(runs)
+        value, lies = reshaped(emitter, value, lies, tuple(runs)), tuple(runs)
         permutation = [lies.index(run) for run in _runs(kept, flat(lies))]
         value = emitter.op("Transpose", value, perm=permutation)
         lies = tuple(lies[i] for i in permutation)
     if len(kept) != len(wanted):
         single: list[Axis] = [() if atom.repeat else (atom,) for atom in wanted]
-        value = _reshaped(emitter, value, lies, tuple(single))
+        value = reshaped(emitter, value, lies, tuple(single))
         lies = tuple((atom,) for atom in wanted)
         value = emitter.op("Expand", value, size_vector(emitter, lies))
-    return _reshaped(emitter, value, lies, axes)
+    return reshaped(emitter, value, lies, axes)
 
 
-def _reshaped(emitter: Emitter, value: ir.Value, lies: Axes, axes: Axes) -> ir.Value:
+def _carried(emitter: Emitter, tensor: Tensor, axes: Axes) -> ir.Value:
+    """A value of the encoder's graph as an input of the decoder's, laid out there where it is made once."""
+    assert tensor.home is not None
+    solid = tuple(tuple(atom for atom in axis if not atom.repeat) for axis in axes)
+    parts = refined(solid)  # repeats are made where they are wanted
+    made = laid_out(tensor.home, replace(tensor, home=None, axes=parts), parts)
+    names = {Role.BATCH: "batch", Role.SOURCE: "source"}
+    shape = [names[axis[0].role] if axis and axis[0].role else math.prod(a.size for a in axis) for axis in parts]
+    value = emitter.carried(tensor.home, made, DTYPES[tensor.dtype], shape)
+    return laid_out(emitter, Tensor(value, parts, axes, tensor.dtype), axes)
+
+
+def refined(axes: Axes) -> Axes:
+    """Axes that hold a batch or positions beside something else, taken apart."""
+    return tuple(
+        part
+        for axis in axes
+        for part in ([(atom,) for atom in axis] if len(axis) > 1 and any(a.role for a in axis) else [axis])
+    )
+
+
+def reshaped(emitter: Emitter, value: ir.Value, lies: Axes, axes: Axes) -> ir.Value:
     return value if lies == axes else emitter.op("Reshape", value, shape_vector(emitter, axes, lies))
 
 
@@ -148,5 +176,5 @@ def from_working(value: ir.Value, axes: Axes, order: Sequence[int], dtype: torch
 
 def sizes(axes: Axes, batch: int, query: int, key: int) -> list[int]:
     """Concrete sizes of axes, for evaluation at export time."""
-    of = {Role.BATCH: batch, Role.QUERY: query, Role.KEY: key}
+    of = {Role.BATCH: batch, Role.QUERY: query, Role.KEY: key, Role.SOURCE: key}
     return [int(np.prod([of[a.role] if a.role else a.size for a in axis], initial=1)) for axis in axes]

@@ -1,14 +1,16 @@
 """A module into one functional graph of its operators, and what is known of every node. Knows no architecture.
 
-Every node of the graph either depends on the ids (*data*) or on lengths and constants alone (*positional*).
+Every node of the graph either depends on ids (*data*), on a padding mask alone, or on lengths and constants alone
+(*positional*). Data that depends on an encoder-decoder's source alone is *source* data: no decoder step changes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +28,7 @@ aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
 
 # Sizes above 1 and different from each other: torch.export pins sizes 0 and 1, and equal sizes look related.
-TRACED_BATCH, TRACED_SEQ = 2, 11
+TRACED_BATCH, TRACED_SEQ, TRACED_SOURCE = 2, 11, 13
 CHECKS = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -45,28 +47,80 @@ UNTAGGED = {
 }  # fmt: skip
 
 
+class Kind(enum.Enum):
+    """What an argument of a module holds."""
+
+    IDS = "ids"  # (batch, seq) int64
+    TYPES = "types"  # (batch, seq) int64: which of two sentences a token belongs to
+    MASK = "mask"  # (batch, seq) int64, 1 where there is a token
+    PADDING = "padding"  # (batch, seq) bool, True where there is none, as torch's own modules take it
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a module; `source` marks those of an encoder's sequence, or of the only one of an encoder."""
+
+    name: str
+    kind: Kind = Kind.IDS
+    source: bool = False
+
+    @property
+    def is_mask(self) -> bool:
+        return self.kind in (Kind.MASK, Kind.PADDING)
+
+    def sample(self, batch: int, length: int) -> torch.Tensor:
+        if self.kind is Kind.PADDING:
+            return torch.zeros(batch, length, dtype=torch.bool)
+        return torch.full((batch, length), int(self.kind is Kind.MASK), dtype=torch.int64)
+
+
 @dataclass(eq=False)
 class Trace:
-    """The captured graph of `module(input_ids)`; `data` holds the nodes that depend on the ids."""
+    """The captured graph of a module.
+
+    data: nodes that depend on ids. target: those of them that depend on the ids that are followed by a cache, or on the
+    only ones of a decoder. masks: nodes that depend on a padding mask, and on no ids.
+    """
 
     module: nn.Module
     nodes: list[fx.Node]
-    input_ids: fx.Node
+    inputs: dict[fx.Node, Argument]
     output: fx.Node
     batch: Any  # the symbol of the batch size
-    seq: Any  # the symbol of the sequence length
-    longest: int | None  # what the module's own guards allow, where they say
+    seq: Any  # the symbol of the target's length; None for an encoder alone
+    source: Any  # the symbol of the source's length; None for a decoder alone
+    limits: dict[Any, int]  # the longest lengths that the module's own guards allow, by symbol, where they say
     data: set[fx.Node] = field(default_factory=set)
+    target: set[fx.Node] = field(default_factory=set)
+    masks: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.data.add(self.input_ids)
+        for node, argument in self.inputs.items():
+            (self.masks if argument.is_mask else self.data).add(node)
+            if not argument.source:
+                self.target.add(node)
         for node in self.nodes:
-            if is_computed(node) and any(i in self.data for i in read_for_values(node)):
-                self.data.add(node)
+            if not is_computed(node):
+                continue
+            read = read_for_values(node)
+            for group in (self.target, self.data):
+                if any(i in group for i in read):
+                    group.add(node)
+            if node not in self.data and any(i in self.masks for i in read):
+                self.masks.add(node)
+
+    def ids(self, source: bool = False) -> fx.Node:
+        """The input that holds the ids of one side."""
+        return next(n for n, a in self.inputs.items() if a.kind is Kind.IDS and a.source is source)
 
     def shape(self, node: fx.Node) -> list[Any]:
-        """The sizes of a tensor node: ints, or expressions in `batch` and `seq`."""
+        """The sizes of a tensor node: ints, or expressions in `batch`, `seq` and `source`."""
         return [dim.node.expr if isinstance(dim, torch.SymInt) else int(dim) for dim in node.meta["val"].shape]
+
+    def lengths_in(self, shape: Sequence[Any]) -> list[Any]:
+        """The sizes of a shape that are a length, or computed from one."""
+        lengths = {symbol for symbol in (self.seq, self.source) if symbol is not None}
+        return [size for size in shape if lengths & getattr(size, "free_symbols", set())]
 
     def constant(self, node: fx.Node) -> torch.Tensor:
         """The parameter or buffer behind a `get_attr` node."""
@@ -155,30 +209,68 @@ def inference_mode_of(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def trace(module: nn.Module) -> Trace:
-    """Capture `module(input_ids)` with a symbolic batch and sequence axis.
+def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_ids"),)) -> Trace:
+    """Capture `module(*arguments)` with symbolic batch and sequence axes.
 
     Raises CaptureError where torch.export meets control flow on data, an axis that is pinned to the traced size, or
-    a module that does not take one tensor of ids.
+    a module that does not take these arguments.
     """
-    input_ids = torch.zeros(TRACED_BATCH, TRACED_SEQ, dtype=torch.int64)
+    lengths = {False: TRACED_SEQ, True: TRACED_SOURCE}
+    samples = tuple(argument.sample(TRACED_BATCH, lengths[argument.source]) for argument in arguments)
+    dynamic: Any = tuple({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for _ in arguments)
+    called = module
+    if len(arguments) > 1:
+        called, dynamic = _Together(module, arguments), (dynamic,)
     try:
         # torch prints whole graphs beside some of its errors; the error says what is needed of them.
         with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            program = torch.export.export(module, (input_ids,), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},))
+            program = torch.export.export(called, samples, dynamic_shapes=dynamic)
             program = program.run_decompositions({})  # functional: no in-place operation survives
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
     graph_module = program.module()
     nodes = list(graph_module.graph.nodes)
-    ids = next(n for n in nodes if n.op == "placeholder")
-    batch, seq = ids.meta["val"].shape
-    for size, name in ((batch, "batch"), (seq, "sequence")):
-        if not isinstance(size, torch.SymInt):
-            raise CaptureError(f"the {name} axis is pinned to {size}: the module computes with it as a number")
-    upper = program.range_constraints[seq.node.expr].upper
-    longest = int(upper) if upper.is_Integer else None
-    return Trace(graph_module, nodes, ids, nodes[-1], batch.node.expr, seq.node.expr, longest)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    inputs = dict(zip(placeholders, arguments))
+    batch, sizes = _symbols(inputs)
+    limits = {}
+    for symbol in sizes.values():
+        upper = program.range_constraints[symbol].upper
+        if upper.is_Integer:
+            limits[symbol] = int(upper)
+    return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits)
+
+
+class _Together(nn.Module):
+    """Calls a module with several arguments by name, whose batches, and lengths on each side, are the same."""
+
+    def __init__(self, module: nn.Module, arguments: Sequence[Argument]) -> None:
+        super().__init__()
+        self.module, self.arguments = module, arguments
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        firsts: dict[bool, torch.Tensor] = {}
+        for argument, tensor in zip(self.arguments, inputs):
+            torch._check(tensor.shape[0] == inputs[0].shape[0])
+            torch._check(tensor.shape[1] == firsts.setdefault(argument.source, tensor).shape[1])
+        return self.module(**dict(zip((a.name for a in self.arguments), inputs)))
+
+
+def _symbols(inputs: dict[fx.Node, Argument]) -> tuple[Any, dict[bool, Any]]:
+    """The symbols of the batch, and of the target's (False) and the source's (True) length."""
+    batch, sizes = None, {}
+    both = len({argument.source for argument in inputs.values()}) > 1
+    for node, argument in inputs.items():
+        found = node.meta["val"].shape
+        side = "" if not both else "source's " if argument.source else "target's "
+        for size, name in zip(found, ("batch", f"{side}sequence")):
+            if not isinstance(size, torch.SymInt):
+                raise CaptureError(f"the {name} axis is pinned to {size}: the module computes with it as a number")
+        batch = found[0].node.expr
+        sizes[argument.source] = found[1].node.expr
+    if both and sizes[True] == sizes[False]:
+        raise CaptureError("the module takes source and target of one length only: their axes must be free")
+    return batch, sizes
 
 
 def explain(error: Exception) -> str:

@@ -414,7 +414,7 @@ def test_a_traced_module_that_only_arranges_is_followed_at_other_sizes(arrange):
     torch.manual_seed(0)
     module = Views(arrange)
     captured = trace(module)
-    follower = Follower(captured, Positional(captured), 16, "ort")
+    follower = Follower(captured, Positional(captured, captured.seq), 16, "ort")
     for node in captured.nodes:
         if node in captured.data and node.op != "output":
             follower.follow(node)

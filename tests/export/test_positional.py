@@ -158,9 +158,9 @@ def test_rows_of_a_value_are_those_of_the_whole(name, everything, monkeypatch):
         for rows in ([length - 1], [length - 1, 0, length // 2, 1], list(range(length))):
             rows = torch.tensor(rows)
             for node in nodes:
-                whole = Positional(captured).value(node, length)
+                whole = Positional(captured, captured.seq).value(node, length)
                 for axis in [i for i, size in enumerate(captured.shape(node)) if size == captured.seq]:
-                    cut = Positional(captured).rows(node, axis, rows, length)
+                    cut = Positional(captured, captured.seq).rows(node, axis, rows, length)
                     assert cut.dtype == whole.dtype
                     assert torch.equal(cut, whole.index_select(axis, rows)), (node, axis, length)
 
@@ -178,7 +178,7 @@ def test_a_mask_is_not_computed_whole_for_some_of_its_rows(name, everything, mon
     """At the longest length of a large module the whole would be many gigabytes."""
     monkeypatch.setattr(positional_module, "SQUARE_LIMIT", 0)
     captured, last = everything
-    positional, whole = Positional(captured), []
+    positional, whole = Positional(captured, captured.seq), []
     compute = positional._compute
     positional._compute = lambda node: whole.append(node) or compute(node)
     axis = next(i for i, size in enumerate(captured.shape(last[name])) if size == captured.seq)
@@ -196,7 +196,7 @@ def test_a_square_much_larger_than_memory_is_read_at_its_rows():
     captured = trace(Made(make))
     last = [n for n in captured.nodes if _has_rows(captured, n)][-1]
     length = 300_000  # whole: 360 GB
-    value = Positional(captured).rows(last, 2, torch.tensor([0, length - 1]), length)
+    value = Positional(captured, captured.seq).rows(last, 2, torch.tensor([0, length - 1]), length)
     assert value.shape == (1, 1, 2, length)
     assert (value[0, 0] == 0).sum(-1).tolist() == [1, 1000]
 
@@ -204,7 +204,7 @@ def test_a_square_much_larger_than_memory_is_read_at_its_rows():
 def test_a_value_is_computed_once_for_a_length_and_anew_for_another():
     captured = trace(Made(MAKES["tril"]))
     (node,) = [n for n in captured.nodes if n.target is aten.tril.default]
-    positional = Positional(captured)
+    positional = Positional(captured, captured.seq)
     first = positional.value(node, 9)
     assert positional.value(node, 12).shape == (12, 12)
     assert positional.value(node, 9) is first
@@ -214,13 +214,13 @@ def test_a_length_that_is_computed_from_the_ids_is_refused():
     captured = trace(Made(lambda m, t, ids: (ids.sum() + torch.arange(t)) * 2))
     data = [n for n in captured.nodes if n in captured.data and is_computed(n)]
     with pytest.raises(CaptureError, match="computed from the values of the ids"):
-        Positional(captured).value(data[-1], 5)
+        Positional(captured, captured.seq).value(data[-1], 5)
 
 
 def test_sizes_are_those_of_one_row():
     captured = trace(Made(lambda m, t, ids: torch.ones(ids.shape[0], t) + ids))
     (node,) = [n for n in captured.nodes if n.target is aten.ones.default]
-    assert Positional(captured).value(node, 7).shape == (1, 7)
+    assert Positional(captured, captured.seq).value(node, 7).shape == (1, 7)
 
 
 # -- the longest length ---------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def traced(make, rows):
 
 def longest(make, wanted=None, default=4096, rows=LONGEST):
     captured = traced(make, rows)
-    return longest_length(Positional(captured), read_by_data(captured), wanted, default)
+    return longest_length(Positional(captured, captured.seq), read_by_data(captured, captured.seq), wanted, default)
 
 
 @pytest.mark.parametrize("make, length", [(embedded, 96), (shifted, 94), (guarded, 40), (sliced, 96)])

@@ -54,11 +54,6 @@ class Flips(Small):
         return self.causal(x) + x.flip(1)
 
 
-class RunningSum(Small):
-    def block(self, x):
-        return self.causal(x) + x.cumsum(1)
-
-
 class Shifts(Small):
     def block(self, x):
         return self.causal(x) + F.pad(x, (0, 0, 1, 0))[:, :-1]
@@ -143,7 +138,6 @@ REFUSED = [
     (OneAhead, "softmax", "position 0 attends to position 1"),
     (Averages, "mean", "mixes positions"),
     (Flips, "flip", "no rule"),
-    (RunningSum, "cumsum", "no rule"),
     (Shifts, "pad", "no rule"),
     (Convolves, "conv1d", "no rule"),
     (NormalisesOverTime, "softmax", "mixes positions"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from tfinfer.export.capture import tables  # noqa: E402
+from tfinfer.export.capture.axes import Role  # noqa: E402
 from tfinfer.export.capture.emitter import Emitter  # noqa: E402
 from tfinfer.export.capture.place import (  # noqa: E402
     BATCH,
@@ -19,7 +20,7 @@ from tfinfer.export.capture.place import (  # noqa: E402
     gather_by_distance,
     gather_rows,
     gather_square,
-    slice_keys,
+    slice_positions,
 )
 from tfinfer.export.capture.tables import (  # noqa: E402
     ByDistance,
@@ -285,7 +286,7 @@ def test_keys_are_all_columns_up_to_the_longest_row(order, heads):
     def expected(at, total):
         return table[:, :, :, :total].expand(len(at), heads, at.shape[1], total)
 
-    check(lambda emit: slice_keys(emit, table, 3), order, expected)
+    check(lambda emit: slice_positions(emit, table, 3, Role.KEY), order, expected)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -297,7 +298,7 @@ def test_a_bias_by_distance_stands_where_each_row_stands(order, heads):
         distance = at[:, :, None] - torch.arange(total) + LENGTH - 1
         return table[0][:, distance].transpose(0, 1)
 
-    check(lambda emit: gather_by_distance(emit, table, LENGTH, [0, 1], 2, 3), order, expected)
+    check(lambda emit: gather_by_distance(emit, table, LENGTH, [0, 1], 2, 3, None), order, expected)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -308,7 +309,7 @@ def test_a_square_is_its_rows_at_the_new_positions_and_its_columns_up_to_the_lon
     def expected(at, total):
         return torch.stack([table[0][:, row, :total] for row in at])
 
-    check(lambda emit: gather_square(emit, table, [0, 1], 2, 3), order, expected)
+    check(lambda emit: gather_square(emit, table, [0, 1], 2, 3, None), order, expected)
 
 
 @pytest.mark.parametrize("query, key, rest", [(1, 3, [0, 2]), (3, 1, [0, 2]), (2, 1, [0, 3])])
@@ -320,7 +321,7 @@ def test_positions_may_lie_along_any_two_axes_of_the_data(query, key, rest):
         value = torch.stack([table[0][:, row, :total] for row in at])  # batch, heads, query, key
         return value.permute([(0, heads, query, key).index(i) for i in range(4)])
 
-    check(lambda emit: gather_square(emit, table, rest, query, key), (0, 1, 2, 3), expected)
+    check(lambda emit: gather_square(emit, table, rest, query, key, None), (0, 1, 2, 3), expected)
 
 
 @settings(derandomize=True, max_examples=60, deadline=None)
@@ -337,8 +338,8 @@ def test_any_rows_of_any_table_are_those_of_direct_indexing(data):
     ]
     for make, expected in zip(
         (
-            lambda emit: gather_square(emit, square, [1], 2, 3),
-            lambda emit: gather_by_distance(emit, distances, LENGTH, [1], 2, 3),
+            lambda emit: gather_square(emit, square, [1], 2, 3, None),
+            lambda emit: gather_by_distance(emit, distances, LENGTH, [1], 2, 3, None),
         ),
         wanted,
     ):
@@ -373,7 +374,7 @@ def test_equal_tables_are_one_initializer():
     emit = Emitter()
     for _ in range(2):
         gather_rows(emit, numbers(1, 1, LENGTH, 6), 2)
-        slice_keys(emit, numbers(LENGTH, 6), 0)
+        slice_positions(emit, numbers(LENGTH, 6), 0, Role.KEY)
     stored = [v for v in emit.initializers.values() if v.dtype == ir.DataType.FLOAT]
     assert len(stored) == 1
     gather_rows(emit, numbers(LENGTH, 6).half(), 0)

@@ -16,19 +16,10 @@ from torch import fx
 from ..axes import Atom, Axes, Axis
 from ..emitter import DTYPES, Emitter
 from ..follow import Follower, followed, rule
-from ..tensor import Tensor, from_working, working
+from ..tensor import Tensor, from_working, refined, working
 from ..trace import aten, refuse
 
 Make = Callable[..., ir.Value]
-
-
-def refined(axes: Axes) -> Axes:
-    """Axes that hold a batch or positions beside something else, taken apart."""
-    return tuple(
-        part
-        for axis in axes
-        for part in ([(atom,) for atom in axis] if len(axis) > 1 and any(a.role for a in axis) else [axis])
-    )
 
 
 def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:

@@ -42,6 +42,9 @@ def slice_(
     if any(a.role for a in x.axes[dim]):
         if start == -1 and has(x.axes[dim], Role.QUERY):
             return _last(f, node, x, dim, keep=True)
+        if f.is_whole and after == 1 and isinstance(start, int):
+            one = taken(f, x, dim, start)
+            return one.seen_as((*one.axes[:dim], (), *one.axes[dim:]))
         raise refuse(node, "takes a part of the positions or rows", "only all or the last position can be taken")
     start, end = (f.number(node, b) for b in (start, end))
     bounds = [f.emit.constant([b]) for b in (start or 0, sys.maxsize if end is None else end)]
@@ -67,6 +70,8 @@ def select(f: Follower, node: fx.Node, x: Tensor, dim: int, index: Any) -> Tenso
     dim %= x.rank
     if has(x.axes[dim], Role.QUERY) and index == -1:
         return _last(f, node, x, dim, keep=False)
+    if f.is_whole and isinstance(index, int) and [a.role for a in x.axes[dim]] == [f.role]:
+        return taken(f, x, dim, index)
     if any(a.role for a in x.axes[dim]):
         raise refuse(node, "takes one position or row", "only the last position can be taken")
     return taken(f, x, dim, f.number(node, index))
@@ -84,7 +89,9 @@ def taken(f: Follower, x: Tensor, dim: int, index: int) -> Tensor:
 @rule(aten.index.Tensor, aten.index_select.default)
 def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
     indices = where[0]
-    if node.target is aten.index_select.default:
+    if node.target is aten.index_select.default and isinstance(x, fx.Node):
+        indices = [None] * where[0] + [where[1]]
+    elif node.target is aten.index_select.default:
         indices = [None] * (where[0] % x.rank) + [where[1]]
     named = [i for i, index in enumerate(indices) if index is not None]
     if isinstance(x, fx.Node):
@@ -102,6 +109,18 @@ def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
     value = f.emit.op("Gather", value, f.emit.constant(picked.numpy()), axis=order.index(dim))
     axes = followed(x.axes)
     return from_working(value, (*axes[:dim], fixed(len(picked)), *axes[dim + 1 :]), order, x.dtype)
+
+
+@rule(aten.gather.default)
+def gather(f: Follower, node: fx.Node, x: Any, dim: int, ids: Any, **kwargs: Any) -> Tensor:
+    """A fixed row of values, the same for all rows of the batch, looked up by data."""
+    if not isinstance(x, fx.Node) or x in f.trace.masks or not isinstance(ids, Tensor):
+        raise refuse(node, "is followed for a fixed table looked up by data")
+    table = f.constant(x)
+    if dim % table.dim() != table.dim() - 1 or table.numel() != table.shape[-1]:
+        raise refuse(node, "is followed for a table that is one row, the same for the whole batch")
+    rows = f.emit.shared(("row", x.name), table.reshape(-1), "table")
+    return Tensor(f.emit.op("Gather", rows, ids.value, axis=0), ids.base, ids.axes, table.dtype)
 
 
 def _look_up(f: Follower, node: fx.Node, table: fx.Node, indices: list[Any]) -> Tensor:

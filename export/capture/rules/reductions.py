@@ -8,10 +8,11 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Role, has
+from ..axes import Role, has, position
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, laid_out, working
 from ..trace import aten, refuse
+from .padding import hide_padding
 
 
 def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
@@ -27,6 +28,8 @@ def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
             )
         if has(x.axes[dim], Role.BATCH):
             raise refuse(node, "mixes the rows of a batch")
+        if has(x.axes[dim], Role.SOURCE) and not f.is_whole and "softmax" not in str(node.target):
+            raise refuse(node, "sums over the source in every step, where rows of a batch have sources of their own")
     return found
 
 
@@ -117,8 +120,14 @@ def softmax(f: Follower, node: fx.Node, x: Tensor, dim: int, *args: Any) -> Tens
     value, order = working(f.emit, x)
     dtype = node.meta["val"].dtype
     value = value if dtype == x.dtype else f.emit.cast(value, dtype)
+    lies = tuple(followed(x.axes)[i] for i in order)
+    value = hide_padding(f, value, lies, order.index(axis))
     name = "Softmax" if node.target in (aten.softmax.int, aten._softmax.default) else "LogSoftmax"
-    return from_working(f.emit.op(name, value, axis=order.index(axis)), followed(x.axes), order, dtype)
+    weights = from_working(f.emit.op(name, value, axis=order.index(axis)), followed(x.axes), order, dtype)
+    queries = [i for i, own in enumerate(x.axes) if i != axis and position(own)]
+    if f.observed is not None and name == "Softmax" and position(x.axes[axis]) and len(queries) == 1:
+        f.observed.append((weights, queries[0], axis))
+    return weights
 
 
 def _features_last(f: Follower, node: fx.Node, x: Tensor, count: int) -> tuple[ir.Value, tuple[Any, ...]]:

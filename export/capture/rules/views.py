@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from ..axes import Atom, Axes, fixed
+from ..axes import Atom, Axes, Role, fixed
 from ..follow import Follower, rule
 from ..tensor import Tensor
 from ..trace import aten, refuse
@@ -60,6 +60,9 @@ def expand(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> 
             spread.append(axis)
         elif isinstance(size, int):
             spread.append((Atom(size=size, repeat=True),))
+        elif f.is_whole and size in (f.symbols.size(Atom(f.role)), f.symbols.batch):
+            role = Role.BATCH if size == f.symbols.batch else f.role
+            spread.append((Atom(role, repeat=True),))
         else:
             raise refuse(node, f"spreads one value along an axis of {size} positions or rows")
     return x.seen_as(tuple(spread))

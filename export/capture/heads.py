@@ -1,0 +1,77 @@
+"""What of queries, keys and values are heads, told by the atoms of their axes."""
+
+from __future__ import annotations
+
+from .axes import Atom, Axis, Role, flat
+from .follow import Follower, followed
+from .lower import Side
+from .tensor import Tensor, laid_out
+
+Placed = tuple[Tensor, int, int]  # a factor, the axis of its positions and the axis of its features
+
+
+def sides_of(f: Follower, q: Placed, k: Placed, v: Placed, grouped: bool) -> tuple[Side, Side, Side]:
+    """What of queries, keys and values are heads. Keys and values are cached before their heads are repeated.
+
+    grouped: fewer key heads than query heads stand for repeated ones (`enable_gqa`).
+    """
+    q_tensor = _solid(f, q[0]) if any(a.repeat for a in flat(q[0].axes)) else q[0]
+    q = (q_tensor, q[1], q[2])
+    sides = [Side(q_tensor, _head_atoms(q), q_tensor.axes[q[2]])]
+    for tensor, at, dim in (k, v):
+        seen = tensor if grouped else _broadcast(q, (tensor, at, dim))
+        atoms = _head_atoms((seen, at, dim))
+        kept = tuple(a for a in atoms if not a.repeat)
+        if atoms[: len(kept)] != kept or any(a.repeat for a in seen.axes[dim]):  # repeats that are no group of heads
+            seen = _solid(f, seen)
+            kept = _head_atoms((seen, at, dim))
+        sides.append(Side(_without_repeats(seen), kept, seen.axes[dim]))
+    return sides[0], sides[1], sides[2]
+
+
+def _head_atoms(side: Placed) -> Axis:
+    tensor, at, dim = side
+    rest = [axis for i, axis in enumerate(tensor.axes) if i not in (at % tensor.rank, dim % tensor.rank)]
+    return tuple(a for axis in rest for a in axis if a.role is not Role.BATCH)
+
+
+def _broadcast(q: Placed, side: Placed) -> Tensor:
+    """Keys or values with a repeat wherever they have one head beside several of the queries'."""
+    tensor, *places = side
+    own = [i for i in range(tensor.rank) if i not in [p % tensor.rank for p in places]]
+    theirs = [i for i in range(q[0].rank) if i not in [p % q[0].rank for p in q[1:]]]
+    axes = list(tensor.axes)
+    for i, j in zip(own, theirs):
+        if not axes[i]:
+            axes[i] = tuple(Atom(size=a.size, repeat=True) for a in q[0].axes[j] if a.role is None)
+    return tensor.seen_as(tuple(axes))
+
+
+def _solid(f: Follower, tensor: Tensor) -> Tensor:
+    """The tensor with its repeats made."""
+    return Tensor.of(laid_out(f.emit, tensor), followed(tensor.axes), tensor.dtype)
+
+
+def _without_repeats(tensor: Tensor) -> Tensor:
+    return tensor.seen_as(tuple(tuple(a for a in axis if not a.repeat) for axis in tensor.axes))
+
+
+def full_sides(f: Follower, q: Placed, k: Placed, v: Placed, grouped: bool) -> tuple[Side, Side, Side] | None:
+    """As `sides_of`, with keys and values repeated to as many heads as the queries have; None where they do not fit."""
+    sides = [Side(q[0], _head_atoms(q), q[0].axes[q[2]])]
+    for tensor, at, dim in (k, v):
+        seen = _grouped(f, q, (tensor, at, dim)) if grouped else _broadcast(q, (tensor, at, dim))
+        sides.append(Side(seen, _head_atoms((seen, at, dim)), seen.axes[dim]))
+    if len({f.size(side.heads) for side in sides}) > 1:
+        return None
+    return sides[0], sides[1], sides[2]
+
+
+def _grouped(f: Follower, q: Placed, side: Placed) -> Tensor:
+    """Keys or values whose heads are each repeated for the queries' heads that share them."""
+    tensor = side[0]
+    count = f.size(_head_atoms(q)) // f.size(_head_atoms(side))
+    heads = next(i for i in range(tensor.rank) if tensor.axes[i] and set(tensor.axes[i]) & set(_head_atoms(side)))
+    axes = list(tensor.axes)
+    axes[heads] = (*axes[heads], Atom(size=count, repeat=True)) if count > 1 else axes[heads]
+    return tensor.seen_as(tuple(axes))
