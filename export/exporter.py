@@ -6,10 +6,10 @@ import datetime
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from torch import nn
 
@@ -18,11 +18,10 @@ from tfinfer.integrity import sha256
 from tfinfer.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
-    CacheSpec,
-    DecoderRoles,
     FileSpec,
     GraphSpec,
     Manifest,
+    MapSpec,
     ProofSpec,
     SourceSpec,
     TensorSpec,
@@ -30,28 +29,28 @@ from tfinfer.manifest import (
     TokenIds,
 )  # fmt: skip
 from tfinfer.proof import golden
-from tfinfer.proof.cases import grid
-from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, prove
-from tfinfer.session.decoder import Decoder
+from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
 
-from .capture import DEFAULT_MAX_LENGTH, Captured, capture
+from . import graph_files
+from .capture import DEFAULT_MAX_LENGTH
+from .capture.plain import InputSpec, parse_input
 from .folder import check_target, new_folder
+from .kinds import Asked, Job, open_job
+from .kinds.choose import KINDS
+from .kinds.job import Progress
 from .passes import half, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .sources import Source
 from .sources.source import from_module
-from .verify import Reference
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVORS = ("ort", "standard")
-KINDS = ("auto", "decoder")
 # The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
 # of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
 LEAST_RUNTIME = {"Attention": "1.28", "TensorScatter": "1.25", "": "1.24"}
-Progress = Callable[[str], None]
 
 
 def export_model(
@@ -59,21 +58,30 @@ def export_model(
     out: str | os.PathLike[str],
     *,
     max_length: int | None = None,
+    max_source_length: int | None = None,
     dtype: str = "fp32",
     flavor: str = "ort",
     kind: str = "auto",
+    inputs: Sequence[InputSpec | str] = (),
+    start_ids: Sequence[int] | None = None,
+    attention: bool = True,
     tokenizer: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage: None,
 ) -> ExportReport:
-    """Export a causal decoder with a cache that it never mentions, and prove the result.
+    """Export a module, a decoder's or encoder-decoder's with a cache that it never mentions, and prove the result.
 
     Args:
-        module: takes input_ids (batch, seq) int64 and returns logits (batch, seq, vocab); nothing else is asked of it.
+        module: input_ids (batch, seq) int64 to logits (batch, seq, vocab), or to hidden states (batch, seq, hidden) or
+            anything else, which makes it an encoder; source and target ids to logits: an encoder-decoder.
         out: the folder to make; whole or not at all.
-        max_length: the longest sequence; by default the module's own, at most 4096.
-        dtype: "fp32", "fp16" or "bf16", of weights, cache and most activations.
-        flavor: "ort" (GroupQueryAttention where it fits) or "standard" (ONNX operators only).
+        max_length, max_source_length: the longest sequence; by default the module's own, at most 4096.
+        dtype: "fp32", "fp16" or "bf16", of weights, cache and most activations; the narrow ones for decoders only.
+        flavor: "ort" (GroupQueryAttention where it fits) or "standard" (ONNX operators only, for decoders).
+        kind: "decoder", "encoder", "encoder-decoder", or "auto": what the source says, or else its trace shows.
+        inputs: of a module that takes something else than ids, as "pixels:float32[batch,3,height,width]".
+        start_ids: what the target of an encoder-decoder begins with; by default what the source or its tokenizer says.
+        attention: whether to add the small graph that `tfinfer attention` asks.
         tokenizer: a tokenizer.json to take along.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
@@ -82,11 +90,27 @@ def export_model(
     for name, value, known in (("dtype", dtype, DTYPES), ("flavor", flavor, FLAVORS), ("kind", kind, KINDS)):
         if value not in known:
             raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-    check_max_length(max_length)
+    check_length("max_length", max_length)
+    check_length("max_source_length", max_source_length)
     target = Path(out)
     check_target(target, overwrite)
     source = module if isinstance(module, Source) else from_module(module, Path(tokenizer) if tokenizer else None)
-    return _Export(source, target, dtype, flavor, max_length, progress).run(overwrite)
+    starts = tuple(source.decoder_start if start_ids is None else start_ids) or _bos(source)
+    specs = tuple(parse_input(given) if isinstance(given, str) else given for given in inputs)
+    asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
+    return _Export(source, target, dtype, kind, asked, attention, progress).run(overwrite)
+
+
+def _bos(source: Source) -> tuple[int, ...]:
+    return () if source.bos_id is None else (source.bos_id,)
+
+
+def _longest(source: Source, asked: int | None) -> int | None:
+    """The length asked for, or the source's own where that is short enough to be proved without asking."""
+    own = source.max_length
+    if asked is not None and own is not None and asked > own:
+        raise InputError(f"max_length {asked} is longer than the model's own longest length, {own}: give {own} or less")
+    return own if asked is None and own is not None and own <= DEFAULT_MAX_LENGTH else asked
 
 
 def _insist(verdict: Verdict) -> None:
@@ -95,19 +119,22 @@ def _insist(verdict: Verdict) -> None:
         raise ProofError(f"the graph does not compute what the module computes; nothing was written\n{told}")
 
 
-def check_max_length(max_length: int | None) -> None:
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2):
-        raise InputError(f"expected max_length to be a whole number of at least 2, got {max_length!r}")
+def check_length(name: str, value: int | None) -> None:
+    """Raises InputError unless a length is None or a whole number of at least 2."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+        raise InputError(f"expected {name} to be a whole number of at least 2, got {value!r}")
 
 
 class _Export:
     """One export: what it was asked for, and how long each stage took."""
 
     def __init__(
-        self, source: Source, target: Path, dtype: str, flavor: str, max_length: int | None, progress: Progress
+        self, source: Source, target: Path, dtype: str, kind: str, asked: Asked, attention: bool, progress: Progress
     ) -> None:
-        self.source, self.target, self.dtype, self.flavor, self.max_length = source, target, dtype, flavor, max_length
+        self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
+        self.attention = attention
         self._progress = progress
+        self.maps: tuple[MapSpec, ...] = ()
         self.seconds: dict[str, float] = {}
         self._stage, self._since = "", time.perf_counter()
 
@@ -123,80 +150,66 @@ class _Export:
     def run(self, overwrite: bool) -> ExportReport:
         with new_folder(self.target, overwrite) as folder:
             self.stage("capture")
-            captured = capture(self.source.module, max_length=self._longest(), flavor=self.flavor)
+            job = open_job(self.source, self.kind, self.asked)
+            if self.dtype != "fp32" and "encoder" in job.graphs:
+                raise InputError(f"{self.dtype} is for decoders: export this module in fp32")
+            graphs = dict(job.graphs)
             self.stage("passes")
-            pipeline.run(captured.model)
+            for model in graphs.values():
+                pipeline.run(model)
             self.stage("write")
-            ir.save(captured.model, folder / "decoder.onnx", external_data="weights.bin")
+            graphs |= self._observed(job)
+            graph_files.save(graphs, folder)
             self._copy_text(folder)
-            draft = self._manifest(captured, folder)
+            draft = self._manifest(job, graphs, folder)
             self.stage("proof")
-            verdicts, proof = self._prove(captured, draft, folder)
+            verdicts, proof = self._prove(job, graphs, draft, folder)
             self.stage("seal")
-            manifest = self._manifest(captured, folder, proof)
+            manifest = self._manifest(job, graphs, folder, proof)
             (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         self.stage("")
-        lengths = [n for n in (self.source.max_length, captured.module_length) if n is not None]
+        lengths = [n for n in (self.source.max_length, job.module_length) if n is not None]
         return ExportReport(self.target, manifest, verdicts, self.seconds, min(lengths, default=None))
 
-    def _longest(self) -> int | None:
-        """The length asked for, or the source's own where that is short enough to be proved without asking."""
-        own = self.source.max_length
-        if self.max_length is not None and own is not None and self.max_length > own:
-            raise InputError(
-                f"max_length {self.max_length} is longer than the model's own longest length, {own}: give {own} or less"
-            )
-        return own if self.max_length is None and own is not None and own <= DEFAULT_MAX_LENGTH else self.max_length
+    def _observed(self, job: Job) -> dict[str, ir.Model]:
+        """The graph of attention's weights; narrow weights are not shared with it, so it is left out there."""
+        observed = job.observe() if self.attention and self.dtype == "fp32" else None
+        if observed is None:
+            return {}
+        self.maps = tuple(MapSpec(name, tuple(outputs)) for name, outputs in observed.maps.items())
+        pipeline.run(observed.model)
+        return {"attention": observed.model}
 
     # -- proof --------------------------------------------------------------------------------------------------
-    def _prove(self, captured: Captured, draft: Manifest, folder: Path) -> tuple[tuple[Verdict, ...], ProofSpec]:
-        """Prove the float32 graph strictly; then, for a half width, write it and measure what the width costs."""
-        expectations = self._expectations(captured)
-        golden.save(folder / golden.FILE_NAME, expectations)
-        verdicts, not_run = [self._verdict(draft, folder, "float32", expectations)], ""
+    def _prove(
+        self, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path
+    ) -> tuple[tuple[Verdict, ...], ProofSpec]:
+        """Prove the float32 graphs strictly; then, for a half width, write them and measure what the width costs."""
+        expected = job.expect(self._progress)
+        job.save(folder / golden.FILE_NAME, expected)
+        verdicts, not_run = [job.verdict(draft, folder, expected, "cpu", self._progress)], ""
         _insist(verdicts[0])
         if self.dtype != "fp32":
-            half.run(captured.model, DTYPES[self.dtype])
-            (folder / "weights.bin").unlink()
-            ir.save(captured.model, folder / "decoder.onnx", external_data="weights.bin")
-            narrow, not_run = self._narrow_verdict(captured, folder, expectations)
+            for model in graphs.values():
+                half.run(model, DTYPES[self.dtype])
+            (folder / graph_files.WEIGHTS).unlink()
+            graph_files.save(graphs, folder)
+            narrow, not_run = self._narrow_verdict(job, graphs, folder, expected)
             verdicts += narrow
         last = verdicts[-1]
         _insist(last)
-        proof = ProofSpec(last.device, last.measured(), last.greedy.identical, golden.FILE_NAME, not_run)
-        return tuple(verdicts), proof
-
-    def _expectations(self, captured: Captured) -> golden.Golden:
-        """What the module itself computes for every case."""
-        reference = Reference(self.source.module, captured.all_rows)
-        cases = grid(captured.vocab_size, captured.max_length)
-        expected = []
-        for case in cases:
-            self._progress(f"proof: PyTorch, {case.name}")
-            expected.append(reference.expected(case))
-        count = min(12, max(1, captured.max_length // 4))
-        prompt = np.random.default_rng(1).integers(0, captured.vocab_size, count)
-        tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - count))
-        return golden.Golden(cases, expected, prompt, tokens)
-
-    def _verdict(
-        self, manifest: Manifest, folder: Path, dtype: str, expectations: golden.Golden, device: str = "cpu"
-    ) -> Verdict:
-        decoder = Decoder(manifest, folder, device=device)
-        try:
-            return prove(decoder, dtype, expectations, lambda case: self._progress(f"proof: {case}"))
-        finally:
-            decoder.close()
+        greedy = last.greedy.identical if last.greedy else 0
+        return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
 
     def _narrow_verdict(
-        self, captured: Captured, folder: Path, expectations: golden.Golden
+        self, job: Job, graphs: dict[str, ir.Model], folder: Path, expected: Any
     ) -> tuple[list[Verdict], str]:
         """The proof of a half-width graph on the first device that runs it; none does for bfloat16 without CUDA."""
-        manifest, dtype = self._manifest(captured, folder), NAMES[self.dtype]
+        manifest, dtype = self._manifest(job, graphs, folder), NAMES[self.dtype]
         reasons = []
         for device in ("cuda", "cpu"):
             try:
-                return [self._verdict(manifest, folder, dtype, expectations, device)], ""
+                return [job.verdict(manifest, folder, expected, device, self._progress)], ""
             except (ProviderError, IncompatibleModelError) as error:
                 reasons.append(f"{device}: {str(error).splitlines()[0].replace(f'{folder}{os.sep}', '')}")
         return [], f"proved in float32; not run as {dtype}, because no device here runs it ({'; '.join(reasons)})"
@@ -213,47 +226,37 @@ class _Export:
                 json.dumps(source.generation_config, indent=1), encoding="utf-8"
             )
 
-    def _manifest(self, captured: Captured, folder: Path, proof: ProofSpec | None = None) -> Manifest:
-        """The manifest; without a proof it is a draft, for opening the graph before, and hashes nothing."""
-        graph, source = captured.model.graph, self.source
-        names = {value.name for value in graph.inputs}
-        width = (
-            "float32"
-            if not any(v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for v in graph.inputs)
-            else NAMES[self.dtype]
-        )
-        opset, operators = dict(graph.opset_imports), {node.op_type for node in graph}
+    def _manifest(
+        self, job: Job, graphs: dict[str, ir.Model], folder: Path, proof: ProofSpec | None = None
+    ) -> Manifest:
+        """The manifest; without a proof it is a draft, for opening the graphs before, and hashes nothing."""
+        source = self.source
+        floats = {value.dtype for model in graphs.values() for value in model.graph.inputs}
+        width = NAMES[self.dtype] if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
+        operators = {node.op_type for model in graphs.values() for node in model.graph.all_nodes()}
+        fields = job.fields(width)
         return Manifest(
             format_version=FORMAT_VERSION,
-            kind="decoder",
-            graphs={
-                "decoder": GraphSpec(
-                    "decoder.onnx", opset, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs))
-                )
-            },
-            roles=DecoderRoles(
-                input_ids="input_ids",
-                attention_mask="attention_mask",
-                logits="logits",
-                position_ids="position_ids" if "position_ids" in names else None,
-                logits_to_keep="logits_to_keep" if "logits_to_keep" in names else None,
-            ),
-            cache=tuple(
-                CacheSpec(e.past, e.present, e.num_kv_heads, e.head_dim, width, e.window) for e in captured.entries
-            ),
-            vocab_size=captured.vocab_size,
-            num_logits=captured.num_logits,
-            max_length=captured.max_length,
-            all_rows=captured.all_rows,
+            graphs={name: _graph(name, model) for name, model in graphs.items()},
             dtype=width,
-            flavor=self.flavor,
-            attention=summarise_attention(captured.attention),
-            token_ids=TokenIds(source.bos_id, source.eos_ids, source.pad_id),
+            flavor=self.asked.flavor,
+            attention=summarise_attention(job.attention),
+            token_ids=TokenIds(
+                source.bos_id,
+                source.eos_ids,
+                source.pad_id,
+                self.asked.start_ids if fields["kind"] == "encoder-decoder" else (),
+                source.forced_eos,
+                source.suppressed,
+            ),
             text=self._text(),
             requires={"onnxruntime": next(v for op, v in LEAST_RUNTIME.items() if op in operators or not op)},
             source=SourceSpec(source.kind, source.reference, {"tfinfer": __version__, **source.versions}, _now()),
             files={p.name: FileSpec(sha256(p) if proof else "", p.stat().st_size) for p in sorted(folder.iterdir())},
             proof=proof or ProofSpec("cpu", (), 0),
+            pooling=source.pooling if fields["kind"] == "encoder" else None,
+            maps=self.maps,
+            **fields,
         )
 
     def _text(self) -> TextSpec:
@@ -264,6 +267,12 @@ class _Export:
             "generation_config.json" if source.generation_config is not None else None,
             source.special_tokens,
         )
+
+
+def _graph(name: str, model: ir.Model) -> GraphSpec:
+    graph = model.graph
+    opset = dict(graph.opset_imports)
+    return GraphSpec(f"{name}.onnx", opset, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs)))
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -16,6 +16,8 @@ from .capture import AttentionReport
 COSTS = {
     "GroupQueryAttention": "",
     "Attention": "the valid part of the cache is copied each step, and its scores are computed without blocks",
+    "MultiHeadAttention": "",
+    "torch's own translation": "nothing of it was fused",
     "the module's own operators": "the valid part of the cache is copied each step, and every mask is made anew",
 }
 

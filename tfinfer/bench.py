@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from tfinfer.errors import InputError, LengthError
+from tfinfer.generating import GeneratingModel
 from tfinfer.integrity import check_files, sha256
 from tfinfer.manifest import FILE_NAME, load_manifest
-from tfinfer.generating import GeneratingModel
 from tfinfer.session.ort import onnxruntime
 from tfinfer.version import __version__
 

@@ -20,6 +20,8 @@ from tfinfer.tokens.chat import ChatTemplate
 from tfinfer.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from tfinfer.attention.maps import AttentionMap
+    from tfinfer.attention.reading import AttentionReader
     from tfinfer.completion import Chunk
 
 Prompt = str | Sequence[int]
@@ -74,6 +76,7 @@ class Model:
         self.generation_config = self._read_generation_config(folder)
         self._lock = threading.Lock()
         self._closed = False
+        self._reader: AttentionReader | None = None
 
     def __repr__(self) -> str:
         return (
@@ -128,6 +131,47 @@ class Model:
         if self.tokenizer is None:
             raise InputError(f"this folder has no tokenizer, so {what} cannot be used: give lists of ids")
         return self.tokenizer
+
+    # -- looking inside -----------------------------------------------------------------------------------------
+    def attention(self, text: Prompt, target: Prompt | None = None) -> Array | dict[str, Array]:
+        """The weights of attention in a text, (layers, heads, query, key) float32; every row sums to 1.
+
+        Of an encoder-decoder a dict of "encoder", "decoder" and "cross" for a source and its target, by default what
+        it generates. Raises InputError where the folder has no such graph, or its layers have not the same heads.
+        """
+        found = {entry.name: entry.stacked() for entry in self.attention_maps(text, target)}
+        return found["self"] if set(found) == {"self"} else found
+
+    def attention_maps(self, text: Prompt, target: Prompt | None = None) -> list[AttentionMap]:
+        """As `attention`, with the tokens that the weights stand between."""
+        self._check_open()
+        reader = self._attention_reader()
+        if self.manifest.kind != "encoder-decoder":
+            if target is not None:
+                raise InputError(f"a target is for encoder-decoders: {ADVICE[self.manifest.kind]}")
+            return reader.maps(reader.check(self._as_ids(text)))
+        source = reader.check(self._as_ids(text), source=True)
+        return reader.maps(reader.check(self._target_ids(source, target)), source)
+
+    def _attention_reader(self) -> AttentionReader:
+        from tfinfer.attention.reading import AttentionReader
+
+        with self._lock:
+            if self._reader is None:
+                self._reader = AttentionReader(self.manifest, self.folder, self.tokenizer, self.threads.count)
+            return self._reader
+
+    def _as_ids(self, text: Prompt) -> Sequence[int]:
+        return self.tokenize(text) if isinstance(text, str) else text
+
+    def _target_ids(self, source: Array, target: Prompt | None) -> list[int]:
+        """The target's beginning and what was given after it, or what the model generates."""
+        start = list(self.manifest.token_ids.decoder_start)
+        if target is None:
+            room = max(1, min(64, self.manifest.max_length - len(start)))
+            return [*start, *self.generate(source.tolist(), max_tokens=room).token_ids]
+        ids = self.tokenize(target, add_special_tokens=False) if isinstance(target, str) else target
+        return [*start, *ids]
 
     # -- what some kinds do -------------------------------------------------------------------------------------
     def _cannot(self, what: str) -> NoReturn:

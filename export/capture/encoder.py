@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -102,12 +103,14 @@ def declare(f: Follower, name: str, node: fx.Node) -> tuple[int | str, ...]:
 
 
 def parts_of(shapes: dict[str, tuple[int | str, ...]]) -> tuple[str | None, str | None]:
-    """The outputs that are hidden states and a vector of the whole text: by name, or else the only ones of their shape.
-
-    Logits are neither.
-    """
+    """The outputs that are hidden states and a vector of the whole text: by name, or by shape where they have none."""
     found = []
     for known, lead in HIDDEN, POOLED:
-        fitting = [n for n, s in shapes.items() if s[:-1] == lead and isinstance(s[-1], int) and "logits" not in n]
-        found.append(next((n for n in known if n in fitting), fitting[0] if len(fitting) == 1 else None))
+        fitting = [n for n, s in shapes.items() if s[:-1] == lead and isinstance(s[-1], int)]
+        found.append(next((n for n in known if n in fitting), _only(n for n in fitting if n.startswith("output"))))
     return found[0], found[1]
+
+
+def _only(names: Iterable[str]) -> str | None:
+    found = list(names)
+    return found[0] if len(found) == 1 else None

@@ -14,6 +14,8 @@ import torch
 # The bytes that a table of one value per pair of positions may take in the file.
 SQUARE_BYTES = 256 * 2**20
 SHORT = 48
+# The lengths at which a value must be what it is at the longest: even and odd, long and short.
+OTHERS = (SHORT, 37, 10, 5)
 
 Rows = Callable[[torch.Tensor, int], torch.Tensor]  # (rows, length) -> (..., len(rows), length)
 
@@ -72,9 +74,17 @@ def close(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def stable(rows: Rows, length: int) -> bool:
     """Whether values at the first positions are the same in a short and in the longest sequence."""
-    short = min(SHORT, length - 1)
-    first = torch.arange(short)
-    return close(rows(first, short), rows(first, length)[..., :short])
+
+    def same(short: int) -> bool:
+        first = torch.arange(short)
+        return close(rows(first, short), rows(first, length)[..., :short])
+
+    return all(same(short) for short in shorter(length))
+
+
+def shorter(length: int) -> list[int]:
+    """Some shorter lengths."""
+    return sorted({min(short, length - 1) for short in OTHERS})
 
 
 def read_square(rows: Rows, length: int) -> PerKey | ByDistance | Square:
@@ -119,8 +129,7 @@ def _diagonal(rows: Rows, length: int) -> torch.Tensor:
 
 def read_rows(value: Callable[[int], torch.Tensor], axis: int, length: int) -> torch.Tensor:
     """Read a value with one sequence axis as a table over all positions. Raises NotStable."""
-    short = min(SHORT, length - 1)
     table = value(length).clone()
-    if not close(value(short), table.narrow(axis, 0, short)):
+    if not all(close(value(short), table.narrow(axis, 0, short)) for short in shorter(length)):
         raise NotStable
     return table

@@ -51,13 +51,12 @@ def pattern_mask(
     elif segment_size is not None:
         mask = query // segment_size == key // segment_size  # (S, S)
         if pattern == "hierarchical":
-            mask = mask | _is_last_of_segment(key, segment_size, length, causal)  # (S, S)
+            mask = mask | _is_last_of_segment(key, segment_size)  # (S, S)
     else:
         mask = torch.ones(length, length, dtype=torch.bool, device=device)
     return mask & causal_mask(length, device) if causal else mask
 
 
-def _is_last_of_segment(key: Tensor, segment_size: int, length: int, causal: bool) -> Tensor:
-    """Tell the last token of each segment, that of an unfinished one too where it can be seen from elsewhere."""
-    last = key % segment_size == segment_size - 1  # (1, S)
-    return last if causal else last | (key == length - 1)
+def _is_last_of_segment(key: Tensor, segment_size: int) -> Tensor:
+    """Tell the last token of each whole segment: an unfinished one has none, or what follows would change it."""
+    return key % segment_size == segment_size - 1  # (1, S)

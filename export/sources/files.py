@@ -9,15 +9,27 @@ from tfinfer.errors import SourceError
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file."""
+    content = _parse(path)
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: expected a JSON object; got a {type(content).__name__}")
+    return content
+
+
+def read_list(path: Path) -> list[Any]:
+    """Return the list in a JSON file."""
+    content = _parse(path)
+    if not isinstance(content, list):
+        raise SourceError(f"{path}: expected a JSON list; got a {type(content).__name__}")
+    return content
+
+
+def _parse(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: expected JSON; got something else: {error}") from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{path}: expected a JSON object; got a {type(content).__name__}")
-    return content
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:

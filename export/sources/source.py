@@ -14,8 +14,12 @@ import torch
 from torch import nn
 
 from tfinfer.errors import SourceError
+from tfinfer.manifest import PoolingSpec
 
-from .huggingface import from_ids_alone, load_checkpoint
+from .adapters import Adapter, Says, adapt
+from .forms import EncoderForm, PairForm, encoder_form, is_pair, pair_form
+from .generation import Generation, read_generation
+from .huggingface import is_checkpoint, load_checkpoint
 from .python import FORMS, build_module
 from .text import TextSide, read_text_side
 from .weights import load_weights
@@ -25,7 +29,7 @@ from .weights import load_weights
 class Source:
     """A module in evaluation mode, float32 and on the CPU, and everything that came with it."""
 
-    module: nn.Module  # forward(input_ids (batch, seq)) -> logits (batch, seq, vocab)
+    module: nn.Module  # of a decoder, forward(input_ids (batch, seq)) -> logits (batch, seq, vocab)
     kind: Literal["python", "huggingface", "module"]
     reference: str  # what the user named, without the machine's folders
     tokenizer: bytes | None = None  # the content of a tokenizer.json
@@ -37,6 +41,20 @@ class Source:
     generation_config: dict[str, Any] | None = None
     max_length: int | None = None  # what the source itself says
     versions: dict[str, str] = field(default_factory=dict)
+    says: Says | None = None  # what the source itself says it is; None: to be found out
+    pooling: PoolingSpec | None = None  # of an encoder, where its folder says so
+    decoder_start: tuple[int, ...] = ()  # of an encoder-decoder, as in TokenIds
+    forced_eos: int | None = None
+    suppressed: tuple[int, ...] = ()
+    max_source_length: int | None = None
+
+    def as_encoder(self) -> EncoderForm:
+        """Return how to call the module as an encoder. Raises SourceError where it takes more than that."""
+        return encoder_form(self.module)
+
+    def as_pair(self) -> PairForm:
+        """Return how to call the module as an encoder-decoder. Raises SourceError where it takes less, or more."""
+        return pair_form(self.module)
 
 
 def load_source(reference: str, *, weights: Path | None = None, tokenizer: Path | None = None) -> Source:
@@ -75,7 +93,7 @@ def from_module(module: nn.Module, tokenizer: Path | None = None) -> Source:
 
 
 def _from_folder(folder: Path, weights: Path | None, tokenizer: Path | None) -> Source:
-    if not (folder / "config.json").is_file():
+    if not is_checkpoint(folder):
         raise SourceError(f"{folder}: expected {FORMS}; the folder has no config.json")
     if weights is not None:
         raise SourceError(f"{folder}: a checkpoint folder has its own weights; got {weights} as well")
@@ -84,32 +102,33 @@ def _from_folder(folder: Path, weights: Path | None, tokenizer: Path | None) -> 
         module=checkpoint.module,
         kind="huggingface",
         reference=folder.resolve().name,
-        tokenizer=checkpoint.text.tokenizer,
-        chat_template=checkpoint.text.chat_template,
-        special_tokens=checkpoint.text.special_tokens,
-        bos_id=checkpoint.bos_id,
-        eos_ids=checkpoint.eos_ids,
-        pad_id=checkpoint.pad_id,
         generation_config=checkpoint.generation_config,
-        max_length=checkpoint.max_length,
         versions=_versions() | {"transformers": checkpoint.transformers_version},
+        says=checkpoint.module.says,
+        pooling=checkpoint.pooling,
+        **_fields(checkpoint.text, checkpoint.generation),
     )
 
 
 def _with_text(module: nn.Module, kind: Literal["python", "module"], reference: str, text: TextSide) -> Source:
-    eos = text.special_ids.get("eos_token")
-    return Source(
-        module=module,
-        kind=kind,
-        reference=reference,
-        tokenizer=text.tokenizer,
-        chat_template=text.chat_template,
-        special_tokens=text.special_tokens,
-        bos_id=text.special_ids.get("bos_token"),
-        eos_ids=() if eos is None else (eos,),
-        pad_id=text.special_ids.get("pad_token"),
-        versions=_versions(),
-    )
+    says = module.says if isinstance(module, Adapter) else "encoder-decoder" if is_pair(module) else None
+    if isinstance(module, Adapter) and says == "encoder-decoder":
+        generation = read_generation(module, text)  # it cannot be run without the id that its target begins with
+    else:
+        generation = _of_tokenizer(text, says)
+    return Source(module, kind, reference, versions=_versions(), says=says, **_fields(text, generation))
+
+
+def _of_tokenizer(text: TextSide, says: Says | None) -> Generation:
+    bos, eos, pad = (text.special_ids.get(name) for name in ("bos_token", "eos_token", "pad_token"))
+    start = (bos,) if bos is not None and says == "encoder-decoder" else ()
+    return Generation(bos, () if eos is None else (eos,), pad, start)
+
+
+def _fields(text: TextSide, generation: Generation) -> dict[str, Any]:
+    """What a Source has of them, by the same names."""
+    own = {name: getattr(text, name) for name in ("tokenizer", "chat_template", "special_tokens")}
+    return own | vars(generation)
 
 
 def _versions() -> dict[str, str]:
@@ -130,7 +149,7 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 
 def _in_float32(module: nn.Module, *, owned: bool) -> nn.Module:
     """Return the module in evaluation mode, float32 and on the CPU; one that is not ours is not changed."""
-    module = from_ids_alone(_uncompiled(module))
+    module = adapt(_uncompiled(module))
     tensors = list(itertools.chain(module.parameters(), module.buffers()))
     if any(tensor.is_meta for tensor in tensors):
         raise SourceError(f"{type(module).__name__}: expected parameters with values; some are on the meta device")

@@ -19,37 +19,44 @@ Ids = npt.NDArray[np.int64]
 
 
 class Reference:
-    """Full passes of a module. `all_rows` is False for a module that gives the last position's logits alone."""
+    """Full passes of a module. `all_rows` is False for a module that gives the last position's logits alone.
 
-    def __init__(self, module: nn.Module, all_rows: bool) -> None:
+    target, source: of an encoder-decoder, the names of the arguments that take the ids.
+    """
+
+    def __init__(self, module: nn.Module, all_rows: bool, target: str = "", source: str = "") -> None:
         self.module, self.all_rows = module, all_rows
+        self.target, self.source = target, source
 
-    def logits(self, ids: Ids) -> torch.Tensor:
-        """ids: (seq,) -> (seq or 1, vocab) float32."""
+    def logits(self, ids: Ids, source: Ids | None = None) -> torch.Tensor:
+        """ids: (seq,), source: (source,) -> (seq or 1, vocab) float32."""
+        row = torch.from_numpy(np.ascontiguousarray(ids))[None]
         with inference_mode_of(self.module):
-            out = logits_of(self.module(torch.from_numpy(np.ascontiguousarray(ids))[None]))
+            if source is None:
+                out = logits_of(self.module(row))
+            else:
+                given = torch.from_numpy(np.ascontiguousarray(source))[None]
+                out = logits_of(self.module(**{self.source: given, self.target: row}))
         return out.reshape(-1, out.shape[-1]).float()
 
     def expected(self, case: Case) -> dict[Row, npt.NDArray[np.float32]]:
         """The logits of every row of a case, (vocab,) each."""
         found: dict[Row, npt.NDArray[np.float32]] = {}
         for number, sequence in enumerate(case.sequences):
-            rows = [row for row in case.rows if row.sequence == number]
+            rows, source = [row for row in case.rows if row.sequence == number], case.source_of(number)
             if self.all_rows and rows:
-                whole = self.logits(sequence)
+                whole = self.logits(sequence, source)
                 found |= {row: whole[row.position].numpy() for row in rows}
             else:
-                found |= self._one_by_one(sequence, _last_of_each_call(rows))
+                last = _last_of_each_call(rows)
+                found |= {row: self.logits(sequence[: row.position + 1], source)[-1].numpy() for row in last}
         return found
 
-    def _one_by_one(self, sequence: Ids, rows: Sequence[Row]) -> dict[Row, npt.NDArray[np.float32]]:
-        return {row: self.logits(sequence[: row.position + 1])[-1].numpy() for row in rows}
-
-    def greedy(self, prompt: Ids, count: int) -> Ids:
+    def greedy(self, prompt: Ids, count: int, source: Ids | None = None) -> Ids:
         """The next `count` tokens, each from a full pass over everything before it."""
         ids = prompt
         for _ in range(count):
-            ids = np.append(ids, int(self.logits(ids)[-1].argmax()))
+            ids = np.append(ids, int(self.logits(ids, source)[-1].argmax()))
         return ids[len(prompt) :]
 
 

@@ -187,9 +187,9 @@ def test_broken_configs_are_refused(folder, content):
     refused(folder, "config.json")
 
 
-def test_a_model_that_is_no_causal_language_model_is_refused(folder):
-    transformers.T5Config(vocab_size=VOCAB).save_pretrained(folder)
-    refused(folder, "cannot load it as a causal language model")
+def test_weights_of_another_model_are_refused(folder):
+    transformers.T5Config(vocab_size=VOCAB, d_model=16, d_ff=16, num_layers=1).save_pretrained(folder)
+    refused(folder, "do not fit T5ForConditionalGeneration", "missing: decoder.")
 
 
 def test_remote_code_is_refused_and_not_run(folder, tmp_path):

@@ -13,7 +13,7 @@ import click
 
 from tfinfer.cli import options
 from tfinfer.cli.console import Status, duration, many, say, say_json, size
-from tfinfer.errors import InputError, MissingDependencyError
+from tfinfer.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from tfinfer.export import ExportReport
@@ -41,7 +41,18 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."
 )
 @click.option("--max-length", type=int, metavar="N", help="Longest sequence; default: the model's own, at most 4096.")
+@click.option(
+    "--max-source-length", type=int, metavar="N", help="Longest source of an encoder-decoder; default: as above."
+)
 @click.option("--kind", type=click.Choice(KINDS), default="auto", show_default=True, help="What the module is.")
+@click.option(
+    "--inputs",
+    multiple=True,
+    metavar="SPEC",
+    help="An input of a module that takes no ids, as pixels:float32[batch,3,height,width]; repeatable.",
+)
+@click.option("--start-ids", type=options.IdList(), metavar="1,2", help="What an encoder-decoder's target begins with.")
+@click.option("--attention/--no-attention", default=True, help="Add the graph that `tfinfer attention` asks.")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier export made.")
 @click.option("-v", "--verbose", is_flag=True, help="A line on stderr for each stage.")
 @options.common
@@ -52,16 +63,15 @@ def command(source: str, out: Path, kind: str, overwrite: bool, verbose: bool, a
     a folder with a Hugging Face checkpoint of a causal language model. Its code is run. The result is proved against
     the module before anything is written.
     """
-    if kind not in ("auto", "decoder"):
-        raise InputError(f"this version exports decoders; it cannot export a module as {kind}")
     with Status(verbose) as status, contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
         status("import torch")
         with _needing_torch():
             from tfinfer.export import export_model
-            from tfinfer.export.exporter import check_max_length
+            from tfinfer.export.exporter import check_length
             from tfinfer.export.folder import check_target
             from tfinfer.export.sources import load_source
-        check_max_length(given["max_length"])
+        for name in ("max_length", "max_source_length"):
+            check_length(name, given[name])
         check_target(out, overwrite)
         status("read the source")
         module = load_source(source, weights=given.pop("weights"), tokenizer=given.pop("tokenizer"))
@@ -94,16 +104,19 @@ def _lines(report: ExportReport) -> Iterator[str]:
     """What a user wants to know when it is done."""
     manifest = report.manifest
     whole = size(sum(file.bytes for file in manifest.files.values()))
-    width = f"{manifest.dtype}, up to {manifest.max_length} tokens"
+    width = f"{manifest.kind}, {manifest.dtype}, up to {manifest.max_length} tokens"
     yield f"{report.folder}: {whole}, {width}, made in {duration(sum(report.seconds.values()))}"
     for verdict in report.verdicts:
         worst = max(verdict.cases, key=lambda case: case.excess)
-        greedy = f"{verdict.greedy.identical} of {verdict.greedy.compared} greedy tokens are PyTorch's"
-        yield (
-            f"proved on {verdict.device} in {verdict.dtype}: {many(len(verdict.cases), 'case')}, "
-            f"{worst.measure} {worst.worst:.1e} at most; {greedy}"
-        )
+        found = f"{many(len(verdict.cases), 'case')}, {worst.measure} {worst.worst:.1e} at most"
+        if verdict.greedy:
+            found += f"; {verdict.greedy.identical} of {verdict.greedy.compared} greedy tokens are PyTorch's"
+        yield f"proved on {verdict.device} in {verdict.dtype}: {found}"
     for note in report.notes:
         yield f"note: {note}"
     prompt = '"..."' if manifest.text.tokenizer else "--ids 1,2,3"
-    yield f"next: tfinfer generate {shlex.quote(str(report.folder))} {prompt}"
+    folder = shlex.quote(str(report.folder))
+    if manifest.encoder is not None and manifest.kind == "encoder" and manifest.encoder.input_ids is None:
+        yield f"next: tfinfer.load({str(report.folder)!r}).run({{...}}) in Python"
+    else:
+        yield f"next: tfinfer {'encode' if manifest.kind == 'encoder' else 'generate'} {folder} {prompt}"

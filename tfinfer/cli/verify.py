@@ -25,28 +25,27 @@ def command(ctx: click.Context, folder: Path, device: str, threads: int | None, 
     """
     from tfinfer.integrity import check_files
     from tfinfer.manifest import load_manifest
-    from tfinfer.proof.prove import verify_folder
-    from tfinfer.session.decoder import Decoder
+    from tfinfer.proof.prove import open_session, verify_folder
 
     with Status() as status:
         status("check the files")
         manifest = load_manifest(folder)
         check_files(folder, manifest)
         status("open the graph")
-        decoder = Decoder(manifest, folder, device=device, threads=threads)
+        session = open_session(manifest, folder, device=device, threads=threads)
         try:
-            verdict = verify_folder(decoder, folder, status)
+            verdict = verify_folder(session, folder, status)
         finally:
-            decoder.close()
+            session.close()
     if as_json:
-        about = {"passed": verdict.passed, "reason": decoder.reason, "threads": dataclasses.asdict(decoder.threads)}
+        about = {"passed": verdict.passed, "reason": session.reason, "threads": dataclasses.asdict(session.threads)}
         say_json({"folder": str(folder), **about, **dataclasses.asdict(verdict)})
     else:
         for line in verdict.lines():
             say(line)
         if device == "auto":
-            remark(decoder.reason)
-        where = f"{verdict.device}, {verdict.dtype}, {many(decoder.threads.count, 'thread')}"
+            remark(session.reason)
+        where = f"{verdict.device}, {verdict.dtype}, {many(session.threads.count, 'thread')}"
         say(f"{folder}: {'proved' if verdict.passed else 'FAILED'} ({where})")
     if not verdict.passed:
         ctx.exit(FAILED)

@@ -38,20 +38,29 @@ class Row:
 
 @dataclass
 class Case:
-    """A named run of calls; `sequences` are the full token sequences that its rows are positions of."""
+    """A named run of calls; `sequences` are the full token sequences that its rows are positions of.
+
+    slot_of: the slot of each sequence. sources: of an encoder-decoder, the source of each slot.
+    """
 
     name: str
     slots: int
     calls: list[Call] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     sequences: list[Ids] = field(default_factory=list)
+    slot_of: list[int] = field(default_factory=list)
+    sources: list[Ids] = field(default_factory=list)
+
+    def source_of(self, sequence: int) -> Ids | None:
+        """The source that a sequence is decoded from, of an encoder-decoder."""
+        return self.sources[self.slot_of[sequence]] if self.sources else None
 
 
 class _Writer:
     """Writes the calls of a case and keeps account of what every slot then holds."""
 
     def __init__(self, name: str, sequences: Sequence[Ids]) -> None:
-        self.case = Case(name, len(sequences), sequences=list(sequences))
+        self.case = Case(name, len(sequences), sequences=list(sequences), slot_of=list(range(len(sequences))))
         self.current = list(range(len(sequences)))  # the sequence that each slot follows
         self.at = [0] * len(sequences)
 
@@ -75,11 +84,25 @@ class _Writer:
         self.case.calls.append(Call("rewind", slot, length=length))
         kept = self.case.sequences[self.current[slot]][:length]
         self.case.sequences.append(np.concatenate([kept, onto]))
+        self.case.slot_of.append(slot)
         self.current[slot], self.at[slot] = len(self.case.sequences) - 1, length
 
 
-def grid(vocab_size: int, max_length: int, seed: int = 0) -> list[Case]:
-    """The cases of a proof, on sizes that were never traced: every one fits into `max_length` positions."""
+@dataclass(frozen=True)
+class Sources:
+    """What the sources of an encoder-decoder's cases are made of."""
+
+    vocab_size: int
+    max_length: int
+
+
+def grid(
+    vocab_size: int, max_length: int, seed: int = 0, *, rewinds: bool = True, sources: Sources | None = None
+) -> list[Case]:
+    """The cases of a proof, on sizes that were never traced: every one fits into `max_length` positions.
+
+    rewinds: whether the cache can go back, which one with running sums cannot.
+    """
     rng = np.random.default_rng(seed)
 
     def some(length: int) -> Ids:
@@ -91,10 +114,22 @@ def grid(vocab_size: int, max_length: int, seed: int = 0) -> list[Case]:
     cases.append(_ragged("two rows of different lengths", [some(17 + 8), some(2 + 8)], 8))
     cases.append(_ragged("three rows of different lengths", [some(9 + 12), some(1 + 12), some(30 + 12)], 12))
     cases.append(_ragged("rows that outgrow their cache", [some(62 + 8), some(20 + 8)], 8))
-    cases.append(_rewound(some(23), some(9)))
+    if rewinds:
+        cases.append(_rewound(some(23), some(9)))
     if max_length > 43:
         cases.append(_longest(some(max_length)))
+    if sources is not None:
+        _add_sources(cases, sources, rng)
     return cases
+
+
+def _add_sources(cases: list[Case], sources: Sources, rng: np.random.Generator) -> None:
+    """A source for each slot, of other lengths than those of its neighbours; once the longest of all."""
+    lengths = (9, 1, 21, 14, 3)
+    for number, case in enumerate(cases):
+        last = number == len(cases) - 1
+        sizes = [sources.max_length if last else lengths[(number + slot) % 5] for slot in range(case.slots)]
+        case.sources = [rng.integers(0, sources.vocab_size, min(n, sources.max_length)) for n in sizes]
 
 
 def _pieces(name: str, sequence: Ids, sizes: Sequence[int]) -> Case:
@@ -146,9 +181,11 @@ def run(decoder: Any, case: Case, all_rows: bool) -> Iterator[tuple[Row, npt.NDA
     for row in case.rows:
         wanted.setdefault(row.call, []).append(row)
     capacity = max(len(s) for s in case.sequences)
-    cache = decoder.open_cache(case.slots, max(1, capacity // 2))  # too small on purpose: it has to grow
+    cache = open_cache(decoder, case.slots, max(1, capacity // 2), case.sources)  # too small: it has to grow
     slots = [cache.acquire() for _ in range(case.slots)]
     try:
+        for slot, source in zip(slots, case.sources):
+            decoder.encode(cache, slot, source)
         for number, call in enumerate(case.calls):
             if call.op == "rewind":
                 cache.rewind(slots[call.slot], call.length)
@@ -159,6 +196,12 @@ def run(decoder: Any, case: Case, all_rows: bool) -> Iterator[tuple[Row, npt.NDA
                 yield from _prefilled(decoder, cache, slots[call.slot], call, wanted.get(number, []), all_rows)
     finally:
         cache.close()
+
+
+def open_cache(decoder: Any, slots: int, capacity: int, sources: Sequence[Ids]) -> Any:
+    """A cache, with room for the longest of `sources` where there are any."""
+    room = (max(map(len, sources)),) if sources else ()
+    return decoder.open_cache(slots, capacity, *room)
 
 
 def _prefilled(

@@ -49,6 +49,12 @@ class Difference:
         if excess >= self.excess:
             self.worst, self.excess, self.place = worst, excess, place
 
+    def refuse(self, why: str) -> None:
+        """What came cannot be compared at all."""
+        self.rows += 1
+        self.worst = self.excess = float("inf")
+        self.place = why
+
     def __str__(self) -> str:
         verdict = "ok" if self.passed else f"FAILED at {self.place}" if self.rows else "FAILED: nothing was compared"
         also = f" + {RELATIVE:g} relative" if self.dtype == "float32" else ""

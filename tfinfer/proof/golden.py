@@ -30,6 +30,7 @@ class Golden:
     expected: Sequence[Vectors]
     prompt: Ids
     tokens: Ids
+    source: Ids | None = None  # of the prompt, for an encoder-decoder
 
 
 def save(path: Path, golden: Golden) -> None:
@@ -37,12 +38,16 @@ def save(path: Path, golden: Golden) -> None:
     width = next(iter(golden.expected[0].values())).nbytes
     room = max(2 * len(golden.cases), BUDGET // width) // len(golden.cases)
     arrays: dict[str, npt.NDArray[Any]] = {"greedy_prompt": golden.prompt, "greedy_tokens": golden.tokens}
+    if golden.source is not None:
+        arrays["greedy_source"] = golden.source
     described = []
     for number, (case, vectors) in enumerate(zip(golden.cases, golden.expected)):
         rows = _last_rows([row for row in case.rows if row in vectors], room)
         arrays[f"logits_{number}"] = np.stack([vectors[row] for row in rows])
         for i, sequence in enumerate(case.sequences):
             arrays[f"sequence_{number}_{i}"] = sequence
+        for i, source in enumerate(case.sources):
+            arrays[f"source_{number}_{i}"] = source
         described.append(_described(case, rows))
     arrays["cases"] = np.frombuffer(json.dumps(described).encode(), np.uint8)
     with path.open("wb") as file:
@@ -56,6 +61,8 @@ def _described(case: Case, rows: Sequence[Row]) -> dict[str, Any]:
         "calls": [[c.op, c.slot, list(c.ids), c.length] for c in case.calls],
         "rows": [[r.call, r.row, r.sequence, r.position] for r in rows],
         "sequences": len(case.sequences),
+        "slot_of": case.slot_of,
+        "sources": len(case.sources),
     }
 
 
@@ -82,8 +89,11 @@ def load(path: Path) -> Golden:
                 sequences = [arrays[f"sequence_{number}_{i}"] for i in range(described["sequences"])]
                 calls = [Call(op, slot, tuple(ids), length) for op, slot, ids, length in described["calls"]]
                 rows = [Row(*row) for row in described["rows"]]
-                cases.append(Case(described["name"], described["slots"], calls, rows, sequences))
+                sources = [arrays[f"source_{number}_{i}"] for i in range(described.get("sources", 0))]
+                slot_of = described.get("slot_of", [])
+                cases.append(Case(described["name"], described["slots"], calls, rows, sequences, slot_of, sources))
                 expected.append(dict(zip(rows, arrays[f"logits_{number}"])))
-            return Golden(cases, expected, arrays["greedy_prompt"], arrays["greedy_tokens"])
+            source = arrays.get("greedy_source")
+            return Golden(cases, expected, arrays["greedy_prompt"], arrays["greedy_tokens"], source)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise CorruptModelError(f"{path}: is no golden file: {error}") from error

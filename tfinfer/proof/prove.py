@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tfinfer.errors import CorruptModelError
-from tfinfer.manifest import ProofCase
-from tfinfer.proof.cases import Case, run
+from tfinfer.manifest import Manifest, ProofCase
+from tfinfer.proof.cases import Case, open_cache, run
 from tfinfer.proof.compare import Difference, tie
 from tfinfer.proof.golden import Golden, Vectors, load
+from tfinfer.proof.runs import Run, prove_runs
+from tfinfer.proof.runs import load as load_runs
 
 Ids = npt.NDArray[np.int64]
 GREEDY_TOKENS = 64
@@ -41,11 +43,12 @@ class Verdict:
     device: str
     dtype: str
     cases: tuple[Difference, ...]
-    greedy: Greedy
+    greedy: Greedy | None  # None for an encoder, which generates nothing
 
     @property
     def passed(self) -> bool:
-        return all(case.passed for case in self.cases) and (self.greedy.passed or self.dtype != "float32")
+        greedy = self.greedy is None or self.greedy.passed or self.dtype != "float32"
+        return all(case.passed for case in self.cases) and greedy
 
     def measured(self) -> tuple[ProofCase, ...]:
         return tuple(ProofCase(c.name, c.worst, c.allowed, c.measure) for c in self.cases)
@@ -53,6 +56,8 @@ class Verdict:
     def lines(self) -> list[str]:
         """One line for each case, for people."""
         g = self.greedy
+        if g is None:
+            return list(map(str, self.cases))
         ties = f" ({g.ties} ties)" if g.ties else ""
         verdict = "ok" if g.passed else "FAILED" if self.dtype == "float32" else "reported"
         return [*map(str, self.cases), f"greedy: {g.identical} of {g.compared} tokens are PyTorch's{ties}: {verdict}"]
@@ -67,11 +72,13 @@ def compare_case(decoder: Any, case: Case, expected: Vectors, dtype: str, all_ro
     return difference
 
 
-def compare_greedy(decoder: Any, prompt: Ids, tokens: Ids) -> Greedy:
+def compare_greedy(decoder: Any, prompt: Ids, tokens: Ids, source: Ids | None = None) -> Greedy:
     """Continue `prompt` greedily along PyTorch's `tokens`, each choice compared with the same past behind it."""
-    cache = decoder.open_cache(1, len(prompt) + len(tokens))
+    cache = open_cache(decoder, 1, len(prompt) + len(tokens), [] if source is None else [source])
     try:
         slot = cache.acquire()
+        if source is not None:
+            decoder.encode(cache, slot, source)
         logits = decoder.prefill(cache, slot, prompt)[-1]
         identical = ties = 0
         for at, token in enumerate(tokens.tolist()):
@@ -93,13 +100,36 @@ def prove(decoder: Any, dtype: str, golden: Golden, progress: Progress = lambda 
         progress(case.name)
         differences.append(compare_case(decoder, case, vectors, dtype, all_rows))
     progress("greedy tokens")
-    greedy = compare_greedy(decoder, golden.prompt, golden.tokens)
+    greedy = compare_greedy(decoder, golden.prompt, golden.tokens, golden.source)
     return Verdict(decoder.device, dtype, tuple(differences), greedy)
 
 
-def verify_folder(decoder: Any, folder: Path, progress: Progress = lambda name: None) -> Verdict:
+def prove_encoder(encoder: Any, dtype: str, runs: Sequence[Run], progress: Progress = lambda name: None) -> Verdict:
+    """Make every run on `encoder`, an open `Encoder`, and compare."""
+    return Verdict(encoder.device, dtype, prove_runs(encoder, dtype, runs, progress), None)
+
+
+def open_session(manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> Any:
+    """What the proof of a folder runs on: a Decoder, an EncoderDecoder or an Encoder."""
+    if manifest.kind == "encoder":
+        from tfinfer.session.encoder import Encoder
+
+        return Encoder(manifest, folder, device=device, threads=threads)
+    if manifest.kind == "decoder":
+        from tfinfer.session.decoder import Decoder
+
+        return Decoder(manifest, folder, device=device, threads=threads)
+    from tfinfer.session.encoder_decoder import EncoderDecoder
+
+    return EncoderDecoder(manifest, folder, device=device, threads=threads)
+
+
+def verify_folder(session: Any, folder: Path, progress: Progress = lambda name: None) -> Verdict:
     """Prove a folder again from its golden file, without torch. Raises CorruptModelError where it has none."""
-    manifest = decoder.manifest
+    manifest = session.manifest
     if manifest.proof.golden is None:
         raise CorruptModelError(f"{folder}: has no golden file, so it cannot prove itself: export it again")
-    return prove(decoder, manifest.dtype, load(folder / manifest.proof.golden), progress)
+    golden = folder / manifest.proof.golden
+    if manifest.kind == "encoder":
+        return prove_encoder(session, manifest.dtype, load_runs(golden), progress)
+    return prove(session, manifest.dtype, load(golden), progress)

@@ -75,6 +75,11 @@ class Tokenizer:
         with _translate(InputError, f"ids: {self._name} cannot decode them"):
             return str(self._inner.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
 
+    def label(self, token: int) -> str:
+        """One token as people would call it: its text, or its name where it is no text of its own."""
+        text = self.decode([token], skip_special_tokens=False)
+        return text if text and _UNKNOWN not in text else str(self._inner.id_to_token(token) or token)
+
     def is_silent(self, token: int, skip_special_tokens: bool = True) -> bool:
         """Whether decoding leaves this id out: a special token that is skipped, or one the file does not know."""
         with _translate(InputError, f"ids: {self._name} cannot decode {token}"):

@@ -13,6 +13,7 @@ from ..follow import Follower, followed, rule
 from ..tensor import Tensor, laid_out
 from ..trace import aten, refuse
 from .elementwise import elementwise
+from .padding import hide_padding
 
 
 def times_weight(
@@ -81,6 +82,7 @@ def product(f: Follower, node: fx.Node, a: Tensor, b: Tensor) -> Tensor:
     elif has(inner_b, Role.KEY) and has(inner_a, Role.QUERY):  # v^T @ weights^T
         a = f.whole(a, "value")
     values = [laid_out(f.emit, t) for t in (a, b)]
+    values[0] = hide_padding(f, values[0], a.axes, a.rank - 1, 0.0)
     lead = _broadcast_lead(a.axes[:-2], b.axes[:-2])
     axes = followed((*lead, a.axes[-2], b.axes[-1]))
     return Tensor.of(f.emit.op("MatMul", *values), axes, node.meta["val"].dtype)

@@ -12,8 +12,12 @@ from ..lower_full import LEAST
 from ..tensor import refined, reshaped
 
 
-def hide_padding(f: Follower, scores: ir.Value, axes: Axes, axis: int) -> ir.Value:
-    """Scores of a decoder's rows over their sources, along `axis`; those of an encoder as they are."""
+def hide_padding(f: Follower, scores: ir.Value, axes: Axes, axis: int, hidden: float = LEAST) -> ir.Value:
+    """Values of a decoder's rows over their sources, along `axis`, with `hidden` behind these.
+
+    Those of an encoder stay as they are. hidden: what changes nothing afterwards: the least score before a softmax, 0
+    before a sum.
+    """
     if f.is_whole or position(axes[axis]) is not Role.SOURCE:
         return scores
     parts = refined(axes)  # a batch may be folded with heads
@@ -25,5 +29,5 @@ def hide_padding(f: Follower, scores: ir.Value, axes: Axes, axis: int) -> ir.Val
     missing = [i - first for i in range(first, len(parts)) if i not in (batch, along)]
     there = f.emit.op("Unsqueeze", there, f.emit.constant(missing)) if missing else there
     shown = reshaped(f.emit, scores, axes, parts)
-    shown = f.emit.op("Where", there, shown, f.emit.constant(LEAST, np.float32))
+    shown = f.emit.op("Where", there, shown, f.emit.constant(hidden, np.float32))
     return reshaped(f.emit, shown, parts, axes)

@@ -28,11 +28,15 @@ def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
             )
         if has(x.axes[dim], Role.BATCH):
             raise refuse(node, "mixes the rows of a batch")
-        if has(x.axes[dim], Role.SOURCE) and not f.is_whole and "softmax" not in str(node.target):
+        if has(x.axes[dim], Role.SOURCE) and not f.is_whole and node.target not in HIDES_PADDING:
             raise refuse(node, "sums over the source in every step, where rows of a batch have sources of their own")
     return found
 
 
+# Operations along a source that hide what lies behind each row's own.
+HIDES_PADDING = {
+    aten.sum.dim_IntList, aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default,
+}  # fmt: skip
 REDUCTIONS: dict[Any, str] = {
     aten.mean.dim: "ReduceMean",
     aten.sum.dim_IntList: "ReduceSum",
@@ -51,6 +55,8 @@ def _reduced(f: Follower, node: fx.Node, x: Tensor, dims: list[int], keepdim: bo
     value, order = working(f.emit, x)
     dtype = node.meta["val"].dtype if isinstance(node.meta["val"], torch.Tensor) else x.dtype
     value = value if dtype == x.dtype else f.emit.cast(value, dtype)
+    for dim in dims:
+        value = hide_padding(f, value, tuple(followed(x.axes)[i] for i in order), order.index(dim), 0.0)
     value = f.emit.op(op_type, value, f.emit.constant([order.index(d) for d in dims]), keepdims=1)
     axes = tuple(() if i in dims else axis for i, axis in enumerate(followed(x.axes)))
     result = from_working(value, axes, order, dtype)
@@ -159,6 +165,23 @@ def layer_norm(
     shift = f.parameter(bias) if bias is not None else None
     value = f.emit.op("LayerNormalization", value, scale, shift, axis=-len(shape), epsilon=float(eps))
     return Tensor(value, lies, x.axes, x.dtype)
+
+
+@rule(aten._native_batch_norm_legit_no_training.default)
+def batch_norm(
+    f: Follower, node: fx.Node, x: Tensor, weight: Any, bias: Any, mean: fx.Node, var: fx.Node, *rest: float
+) -> list[Tensor]:
+    """A fixed scale and shift of each entry of axis 1, as its statistics do not change in evaluation."""
+    if any(a.role for a in x.axes[1]):
+        raise refuse(node, "normalises each position by statistics of its own")
+    scale = (f.constant(var) + rest[-1]).rsqrt() * (1 if weight is None else f.constant(weight))
+    shift = (0 if bias is None else f.constant(bias)) - f.constant(mean) * scale
+    value, order = working(f.emit, x)
+    shape = [1] * (x.rank - 1 - order.index(1))
+    for op_type, name, table in (("Mul", "scale", scale), ("Add", "shift", shift)):
+        parameter = f.emit.shared((name, node.name), table.reshape(-1, *shape).to(x.dtype), f"{node.name}.{name}")
+        value = f.emit.op(op_type, value, parameter)
+    return [from_working(value, followed(x.axes), order, x.dtype)]
 
 
 @rule(aten.rms_norm.default)

@@ -1,0 +1,80 @@
+"""Which kind of export a module asks for: what it or its source says, or else what its trace shows."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from tfinfer.errors import CaptureError
+from tfinfer.manifest import EncoderRoles
+
+from ..capture import Trace, trace
+from ..capture.outputs import named_outputs, vocabulary
+from ..capture.trace import arguments, aten
+from ..sources import Source
+from .decoder import DecoderJob
+from .encoder import EncoderJob, PlainJob, plain_form
+from .encoder_decoder import PairJob
+from .job import Asked, Job
+
+KINDS = ("auto", "decoder", "encoder", "encoder-decoder")
+LONGEST_PLAIN = 512  # of an encoder that torch translates, where neither the module nor the user says
+
+
+def open_job(source: Source, kind: str, asked: Asked) -> Job:
+    """Capture a source as the kind that was asked for, or for "auto" as what it is."""
+    if asked.inputs:
+        longest = asked.max_length or max((n for i in asked.inputs for n in i.shape if isinstance(n, int)), default=1)
+        return PlainJob(source.module, asked.inputs, "", EncoderRoles(), longest)
+    wanted = source.says if kind == "auto" else kind
+    if wanted == "encoder-decoder":
+        return PairJob(source.as_pair(), asked)
+    if wanted == "encoder":
+        return open_encoder(source, asked)
+    captured = trace(source.module)
+    if wanted is None and gives_hidden_states(captured):
+        return open_encoder(source, asked)
+    return DecoderJob(source.module, captured, asked)
+
+
+def open_encoder(source: Source, asked: Asked) -> Job:
+    """Follow an encoder; where that cannot be, let torch translate it as it stands."""
+    form = source.as_encoder()
+    try:
+        return EncoderJob(form, asked, source.pad_id or 0)
+    except CaptureError as refusal:
+        why = str(refusal)
+    module, inputs, roles = plain_form(form)
+    longest = asked.max_length or source.max_length or LONGEST_PLAIN
+    try:
+        return PlainJob(module, inputs, why, roles, longest)
+    except CaptureError as error:
+        raise CaptureError(f"{why}; nor can torch translate it: {error}") from error
+
+
+def gives_hidden_states(captured: Trace) -> bool:
+    """Whether a module's own result is as wide as its embedding rather than its vocabulary, or no row of numbers."""
+    ids = captured.ids()
+    words, width = vocabulary(captured, ids), _width(captured, ids)
+    if "logits" in named_outputs(captured):
+        return False
+    widths = [_last(captured, node) for node in _results(captured)]
+    return bool(widths) and words not in widths and all(w == width for w in widths)
+
+
+def _results(captured: Trace) -> list[fx.Node]:
+    nodes = captured.output.all_input_nodes
+    return [n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].is_floating_point()]
+
+
+def _last(captured: Trace, node: fx.Node) -> object:
+    shape = captured.shape(node)
+    return shape[-1] if shape else None
+
+
+def _width(captured: Trace, ids: fx.Node) -> object:
+    """How wide the table is that the ids are looked up in."""
+    for node in captured.nodes:
+        if node.target is aten.embedding.default and arguments(node)[1] is ids:
+            return captured.shape(arguments(node)[0])[1]
+    return None

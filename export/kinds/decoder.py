@@ -1,0 +1,104 @@
+"""A causal decoder: one graph for prefill and decode over a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from torch import nn
+
+from tfinfer.manifest import CacheSpec, DecoderRoles, Manifest, StateSpec
+from tfinfer.proof import golden
+from tfinfer.proof.cases import grid
+from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, open_session, prove
+
+from ..capture import Captured, Observed, Trace, capture_decoder
+from ..verify import Reference, observe
+from .job import Asked, Progress
+
+
+class DecoderJob:
+    """An export of `module(input_ids) -> logits`."""
+
+    def __init__(self, module: nn.Module, captured: Trace, asked: Asked) -> None:
+        self.module, self.trace = module, captured
+        self.captured = capture_decoder(captured, max_length=asked.max_length, flavor=asked.flavor)
+        self.graphs: Mapping[str, ir.Model] = {"decoder": self.captured.model}
+        self.attention, self.module_length = self.captured.attention, self.captured.module_length
+
+    def fields(self, dtype: str) -> dict[str, Any]:
+        return {"kind": "decoder", **decoder_fields(self.captured, dtype)}
+
+    def expect(self, progress: Progress) -> golden.Golden:
+        captured, reference = self.captured, Reference(self.module, self.captured.all_rows)
+        cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states)
+        expected = []
+        for case in cases:
+            progress(f"proof: PyTorch, {case.name}")
+            expected.append(reference.expected(case))
+        prompt = greedy_prompt(captured)
+        tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - len(prompt)))
+        return golden.Golden(cases, expected, prompt, tokens)
+
+    def save(self, path: Path, expected: golden.Golden) -> None:
+        golden.save(path, expected)
+
+    def verdict(
+        self, manifest: Manifest, folder: Path, expected: golden.Golden, device: str, progress: Progress
+    ) -> Verdict:
+        return generating_verdict(manifest, folder, expected, device, progress)
+
+    def observe(self) -> Observed | None:
+        return observe(self.trace, self.captured.max_length)
+
+
+def decoder_fields(captured: Captured, dtype: str) -> dict[str, Any]:
+    """What the manifest says of a decoder's graph."""
+    names = {value.name for value in captured.model.graph.inputs}
+
+    def given(name: str) -> str | None:
+        return name if name in names else None
+
+    kinds = {state.past: str(state.dtype).removeprefix("torch.") for state in captured.states}
+    return {
+        "roles": DecoderRoles(
+            input_ids="input_ids",
+            attention_mask="attention_mask",
+            logits="logits",
+            position_ids=given("position_ids"),
+            logits_to_keep=given("logits_to_keep"),
+            source_mask=given("source_mask"),
+        ),
+        "cache": tuple(
+            CacheSpec(e.past, e.present, e.num_kv_heads, e.head_dim, dtype, e.window) for e in captured.entries
+        ),
+        "states": tuple(
+            StateSpec(s.past, s.present, s.shape, dtype if kinds[s.past] == "float32" else kinds[s.past])
+            for s in captured.states
+        ),
+        "vocab_size": captured.vocab_size,
+        "num_logits": captured.num_logits,
+        "max_length": captured.max_length,
+        "all_rows": captured.all_rows,
+        "keeps_window": captured.keeps_window,
+    }
+
+
+def greedy_prompt(captured: Captured) -> Any:
+    """Some ids to continue greedily."""
+    count = min(12, max(1, captured.max_length // 4))
+    return np.random.default_rng(1).integers(0, captured.vocab_size, count)
+
+
+def generating_verdict(
+    manifest: Manifest, folder: Path, expected: golden.Golden, device: str, progress: Progress
+) -> Verdict:
+    """Prove the graphs of a folder that generates."""
+    session = open_session(manifest, folder, device=device)
+    try:
+        return prove(session, manifest.dtype, expected, lambda case: progress(f"proof: {case}"))
+    finally:
+        session.close()

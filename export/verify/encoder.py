@@ -1,0 +1,131 @@
+"""What an encoder computes for the runs of its proof: each text alone, so that padding is proved to change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from tfinfer.errors import ProofError
+from tfinfer.proof.runs import Run, thinned
+
+from ..capture.outputs import tensors_of
+from ..capture.plain import InputSpec
+from ..capture.trace import Argument, Kind, inference_mode_of
+
+Array = npt.NDArray[Any]
+Progress = Callable[[str], None]
+# Sizes of named axes for the runs of a module that takes something else than ids; none of them was traced.
+SIZES = ((1, 48, 64, 40), (2, 64, 33, 57), (4, 40, 80, 32))
+
+
+@dataclass(frozen=True)
+class EncoderReference:
+    """Full passes of an encoder over ids."""
+
+    module: nn.Module
+    arguments: Sequence[Argument]
+
+    def outputs(self, ids: Array, types: Array) -> dict[str, torch.Tensor]:
+        """ids, types: (seq,) -> every output, (1, ...) each, of one text without padding."""
+        row = torch.from_numpy(ids)[None]
+        given = {
+            Kind.IDS: row,
+            Kind.TYPES: torch.from_numpy(types)[None],
+            Kind.MASK: torch.ones_like(row),
+            Kind.PADDING: torch.zeros_like(row, dtype=torch.bool),
+        }
+        with inference_mode_of(self.module):
+            return tensors_of(self.module(**{a.name: given[a.kind] for a in self.arguments}))
+
+
+def runs_of_ids(
+    reference: EncoderReference,
+    outputs: Sequence[str],
+    takes: Collection[str],
+    vocab_size: int,
+    max_length: int,
+    pad_id: int,
+    progress: Progress,
+) -> list[Run]:
+    """Texts of many lengths, alone and together; `takes` are the inputs of the graph."""
+    rng = np.random.default_rng(0)
+    ragged = "attention_mask" in takes
+    found = []
+    for name, lengths in _cases(max_length, ragged):
+        progress(f"proof: PyTorch, {name}")
+        rows = [rng.integers(0, vocab_size, n) for n in lengths]
+        types = [(np.arange(n) >= max(1, n // 2)).astype(np.int64) for n in lengths]
+        inputs = {"input_ids": _padded(rows, pad_id)}
+        if ragged:
+            inputs["attention_mask"] = _padded([np.ones(n, np.int64) for n in lengths], 0)
+        if "token_type_ids" in takes:
+            inputs["token_type_ids"] = _padded(types, 0)
+        if "token_type_ids" not in takes:
+            types = [np.zeros(n, np.int64) for n in lengths]
+        alone = [reference.outputs(row, own) for row, own in zip(rows, types)]
+        found.append(Run(name, inputs, {name: _together(alone, i, max(lengths)) for i, name in enumerate(outputs)}))
+    return found
+
+
+def _cases(max_length: int, ragged: bool) -> Iterator[tuple[str, list[int]]]:
+    cases = [
+        ("one token", [1]),
+        ("a text", [29]),
+        ("three texts of one length", [12, 12, 12]),
+    ]
+    if ragged:
+        cases += [("three texts of different lengths", [17, 2, 9]), ("a long text beside a token", [60, 1])]
+    cases.append(("the longest length", [max_length]))
+    for name, lengths in cases:
+        yield name, [min(n, max_length) for n in lengths]
+
+
+def _padded(rows: Sequence[Array], value: int) -> Array:
+    longest = max(map(len, rows))
+    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=value) for row in rows]).astype(np.int64)
+
+
+def _together(alone: Sequence[dict[str, torch.Tensor]], output: int, longest: int) -> Array:
+    """One output of several texts as a batch gives it, with NaN at the padding; as many rows as a proof compares."""
+    pieces = []
+    for outputs in alone:
+        value = list(outputs.values())[output][0].float().numpy()
+        if value.ndim > 1 and value.shape[0] != longest:
+            value = np.pad(value, [(0, longest - value.shape[0]), *[(0, 0)] * (value.ndim - 1)], constant_values=np.nan)
+        pieces.append(value)
+    stacked = np.stack(pieces)
+    return thinned(stacked if stacked.ndim > 1 else stacked[:, None])
+
+
+def expected_runs(module: nn.Module, inputs: Sequence[InputSpec], model: ir.Model, progress: Progress) -> list[Run]:
+    """Batches of made-up inputs of many sizes, as the module computes them."""
+    names = [str(value.name) for value in model.graph.outputs]
+    found = []
+    for number, sizes in enumerate(SIZES):
+        progress(f"proof: PyTorch, sizes {number + 1} of {len(SIZES)}")
+        axes = list(dict.fromkeys(axis for spec in inputs for axis in spec.shape if isinstance(axis, str)))
+        known = {axis: sizes[i % len(sizes)] for i, axis in enumerate(axes)}
+        given = {spec.name: _made_up(spec, known, number) for spec in inputs}
+        with inference_mode_of(module):
+            out = tensors_of(module(**{name: torch.from_numpy(array) for name, array in given.items()}))
+        if len(out) != len(names):
+            raise ProofError(f"the module returns {len(out)} tensors, its graph {len(names)}")
+        told = ", ".join(f"{axis} {size}" for axis, size in known.items()) or "fixed sizes"
+        expected = {name: thinned(value.float().numpy()) for name, value in zip(names, out.values())}
+        found.append(Run(told, given, expected))
+    return found
+
+
+def _made_up(spec: InputSpec, known: dict[str, int], seed: int) -> Array:
+    shape = [known[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+    rng = np.random.default_rng(seed)
+    if spec.dtype.is_floating_point:
+        return rng.normal(size=shape).astype(np.float32)
+    return rng.integers(0, 2, shape).astype(str(spec.dtype).removeprefix("torch."))
