@@ -10,8 +10,10 @@ from tfinfer.manifest import EncoderRoles
 
 from ..capture import Trace, trace
 from ..capture.outputs import named_outputs, vocabulary
-from ..capture.trace import arguments, aten
+from ..capture.trace import TRACED_BATCH, TRACED_SOURCE, Kind, arguments, aten, inference_mode_of
 from ..sources import Source
+from ..sources.forms import EncoderForm
+from ..verify import EncoderReference
 from .decoder import DecoderJob
 from .encoder import EncoderJob, PlainJob, plain_form
 from .encoder_decoder import PairJob
@@ -39,7 +41,7 @@ def open_job(source: Source, kind: str, asked: Asked) -> Job:
 
 def open_encoder(source: Source, asked: Asked) -> Job:
     """Follow an encoder; where that cannot be, let torch translate it as it stands."""
-    form = source.as_encoder()
+    form = _without_padding(_accepted(source.as_encoder()), source.pad_id or 0)
     try:
         return EncoderJob(form, asked, source.pad_id or 0)
     except CaptureError as refusal:
@@ -50,6 +52,34 @@ def open_encoder(source: Source, asked: Asked) -> Job:
         return PlainJob(module, inputs, why, roles, longest)
     except CaptureError as error:
         raise CaptureError(f"{why}; nor can torch translate it: {error}") from error
+
+
+def _accepted(form: EncoderForm) -> EncoderForm:
+    """Without token types where the module has a parameter for them and, built without any, refuses to be given them."""
+    without = EncoderForm(form.module, tuple(a for a in form.arguments if a.kind is not Kind.TYPES))
+    return without if without != form and not _runs(form) and _runs(without) else form
+
+
+def _without_padding(form: EncoderForm, pad_id: int) -> EncoderForm:
+    """Without its mask where a module takes one and its results change with padding all the same."""
+    bare = EncoderForm(form.module, tuple(a for a in form.arguments if not a.is_mask))
+    if bare == form or not _runs(form) or not EncoderReference(form.module, form.arguments).minds_padding(pad_id):
+        return form
+    if not _runs(bare):
+        raise CaptureError(
+            "the module's results for a text change with the padding behind it, though it takes a mask: use the mask "
+            "wherever positions are mixed, in pooling as well, or give it a default so that texts run without padding"
+        )
+    return bare
+
+
+def _runs(form: EncoderForm) -> bool:
+    with inference_mode_of(form.module):
+        try:
+            form.module(**{a.name: a.sample(TRACED_BATCH, TRACED_SOURCE) for a in form.arguments})
+        except Exception:
+            return False
+    return True
 
 
 def gives_hidden_states(captured: Trace) -> bool:

@@ -35,14 +35,24 @@ class EncoderReference:
     def outputs(self, ids: Array, types: Array) -> dict[str, torch.Tensor]:
         """ids, types: (seq,) -> every output, (1, ...) each, of one text without padding."""
         row = torch.from_numpy(ids)[None]
-        given = {
-            Kind.IDS: row,
-            Kind.TYPES: torch.from_numpy(types)[None],
-            Kind.MASK: torch.ones_like(row),
-            Kind.PADDING: torch.zeros_like(row, dtype=torch.bool),
-        }
+        return self._run(row, torch.ones_like(row), torch.from_numpy(types)[None])
+
+    def _run(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> dict[str, torch.Tensor]:
+        given = {Kind.IDS: ids, Kind.TYPES: types, Kind.MASK: mask, Kind.PADDING: mask == 0}
         with inference_mode_of(self.module):
             return tensors_of(self.module(**{a.name: given[a.kind] for a in self.arguments}))
+
+    def minds_padding(self, pad_id: int) -> bool:
+        """Whether the module's own results for a text change with padding behind it, which its mask tells."""
+        ids = torch.tensor([[1, 1, 1, pad_id, pad_id]])
+        mask = torch.tensor([[1, 1, 1, 0, 0]])
+        padded = self._run(ids, mask, torch.zeros_like(ids))
+        alone = self._run(ids[:, :3], mask[:, :3], torch.zeros_like(ids[:, :3]))
+        for one, other in zip(alone.values(), padded.values()):
+            kept = other[:, :3] if other.dim() > 1 and other.shape[1] != one.shape[1] else other
+            if one.is_floating_point() and not torch.allclose(one, kept, atol=1e-4, rtol=1e-4):
+                return True
+        return False
 
 
 def runs_of_ids(

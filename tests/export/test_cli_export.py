@@ -119,8 +119,9 @@ def test_a_failed_export_says_why_in_one_line_and_writes_nothing(
 @pytest.mark.parametrize(
     "given, said",
     [
-        (["--kind", "encoder"], "this version exports decoders"),
-        (["--kind", "encoder-decoder"], "this version exports decoders"),
+        (["--kind", "encoder-decoder"], "forward(source_ids, target_ids)"),
+        (["--inputs", "pixels:float32"], "name:dtype[axis,...]"),
+        (["--start-ids", "one"], "whole numbers"),
         (["--kind", "teapot"], "teapot"),
         (["--dtype", "fp8"], "fp8"),
         (["--flavor", "vanilla"], "vanilla"),

@@ -20,7 +20,7 @@ from tfinfer.proof.prove import verify_folder
 def test_a_folder_holds_what_its_manifest_says_and_nothing_else(tmp_path):
     report = export_model(handwritten.Learned(), tmp_path / "out")
     files = {p.name for p in (tmp_path / "out").iterdir()}
-    assert files == {"decoder.onnx", "weights.bin", "golden.npz", "tfinfer.json"}
+    assert files == {"decoder.onnx", "attention.onnx", "weights.bin", "golden.npz", "tfinfer.json"}
     manifest = load_manifest(tmp_path / "out")
     assert manifest == report.manifest
     assert set(manifest.files) == files - {"tfinfer.json"}
