@@ -21,6 +21,11 @@ demo: setup
 	$(BIN)/python -X importtime -m tfinfer generate out/demo "def main(" --max-tokens 96 --temperature 0.6 --top-p 0.95 --seed 1 --stats \
 		2> out/demo.imports; $(BIN)/python tests/no_torch.py out/demo.imports
 	$(BIN)/tfinfer verify out/demo
+	$(BIN)/tfinfer export tests/zoo/date_reader.py:build --weights tests/zoo/date_reader/model.safetensors \
+		--tokenizer tests/zoo/date_reader -o out/dates --overwrite
+	$(BIN)/python -X importtime -m tfinfer generate out/dates "3rd of May, 79" --max-tokens 12 --num-beams 4 \
+		2> out/dates.imports; $(BIN)/python tests/no_torch.py out/dates.imports
+	$(BIN)/tfinfer verify out/dates
 
 test: setup lint
 	$(PYTEST) -m "not cuda and not browser"

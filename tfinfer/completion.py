@@ -44,7 +44,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """The continuation of one prompt. A stop id is not part of `token_ids`, a stop string not of `text`."""
+    """The continuation of one prompt. A stop id is not part of `token_ids`, a stop string not of `text`.
+
+    score: of a beam search, the log-probability over length ** length_penalty. `timings` has its whole time as the
+    time to the first token, for none is known before the end.
+    """
 
     text: str | None
     token_ids: tuple[int, ...]
@@ -52,6 +56,7 @@ class Completion:
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    score: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any, Unpack
 
 from tfinfer.completion import Chunk, Completion, Timings, Usage
-from tfinfer.errors import ClosedError, InputError
-from tfinfer.manifest import Manifest
+from tfinfer.errors import ClosedError, InputError, ManifestError
+from tfinfer.manifest import FILE_NAME, Manifest
 from tfinfer.model import Messages, Model, Prompt
+from tfinfer.request import Options, Request, read_settings
 from tfinfer.session.cache import Cache
 from tfinfer.session.decoder import Decoder
-from tfinfer.tokens.generate import Batch, Limits, check_lengths
-from tfinfer.tokens.sampling import SamplingParams
-from tfinfer.tokens.stop import stop_strings
+from tfinfer.session.encoder_decoder import EncoderDecoder
+from tfinfer.tokens.beams import Penalties, beam_search
+from tfinfer.tokens.generate import Batch, check_lengths
+from tfinfer.tokens.hypotheses import Hypothesis
 from tfinfer.tokens.text import RowText
-
-SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
-
-
-class Options(TypedDict, total=False):
-    """What `generate` and `stream` take beside the prompt, with the defaults that `Model.generate` names."""
-
-    max_tokens: Required[int]
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float] | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    stop_ids: Sequence[int] | None
-    logprobs: int
-    cancel: threading.Event | None
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A checked call of `generate` or `stream`."""
-
-    prompts: list[list[int]]
-    params: SamplingParams
-    limits: Limits
-    stop: tuple[str, ...]
-    capacity: int
-    cancel: threading.Event | None
 
 
 class GeneratingModel(Model):
@@ -61,12 +27,14 @@ class GeneratingModel(Model):
 
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         super().__init__(manifest, folder)
-        self.decoder = Decoder(manifest, folder, device=device, threads=threads)
+        _check_token_ids(manifest)
+        kind = EncoderDecoder if manifest.kind == "encoder-decoder" else Decoder
+        self.decoder = kind(manifest, folder, device=device, threads=threads)
         self.device, self.threads, self.reason = self.decoder.device, self.decoder.threads, self.decoder.reason
         self._pool: list[Cache] = []
 
     def close(self) -> None:
-        """Let graph and caches go; later calls raise ClosedError."""
+        """Let graphs and caches go; later calls raise ClosedError."""
         with self._lock:
             self._closed = True
             for cache in self._pool:
@@ -74,12 +42,30 @@ class GeneratingModel(Model):
             self._pool.clear()
         self.decoder.close()
 
+    # -- caches -------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _lent(self, request: Request) -> Iterator[Cache]:
+        """A cache for a request, given back however the request ends."""
+        cache = self._borrow(request.slots, request.capacity)
+        try:
+            if request.sources:  # steps read all that there is room for, so there is no more than this request needs
+                cache.lay_out_sources(request.source_capacity)
+            yield cache
+        except GeneratorExit:
+            raise
+        except BaseException:
+            cache.close()  # what it holds may be half written, or not finite
+            raise
+        finally:
+            if not cache.closed:
+                self._give_back(cache)
+
     def _borrow(self, slots: int, capacity: int) -> Cache:
         with self._lock:
             if self._closed:
                 raise ClosedError("the model was closed: load it again")
             for cache in self._pool:
-                if cache.slots == slots and cache.capacity >= capacity:
+                if cache.fits(slots, capacity):
                     self._pool.remove(cache)
                     return cache
         return self.decoder.open_cache(slots, capacity)
@@ -90,21 +76,27 @@ class GeneratingModel(Model):
             if not self._closed and len(self._pool) < 2:
                 self._pool.append(cache)
 
+    # -- requests -----------------------------------------------------------------------------------------------
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        """Ids that the model can take: of a source where there is one."""
+        decoder = self.decoder
+        check = decoder.check_source if isinstance(decoder, EncoderDecoder) else decoder.check_ids
+        return [int(i) for i in check(ids)]
+
     def _ids(self, prompt: Prompt) -> list[int]:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         if isinstance(prompt, str) and not ids:
             raise InputError(f"the text {prompt!r} has no tokens: a prompt needs at least one")
-        return [int(i) for i in self.decoder.check_ids(ids)]
+        return self._checked(ids)
 
-    def _prompts(self, prompt: Prompt | Sequence[Prompt] | Messages) -> tuple[list[list[int]], bool]:
-        """Every prompt as ids, and whether there was just one."""
+    def _given(self, prompt: Prompt | Sequence[Prompt] | Messages) -> tuple[list[list[int]], bool]:
+        """Every prompt or source as ids, and whether there was just one."""
         if isinstance(prompt, str):
             return [self._ids(prompt)], True
         items: list[Any] = list(prompt)
         if items and isinstance(items[0], Mapping):
             text = self.render_chat(items)
-            ids = self._need_tokenizer("a conversation").encode(text, add_special_tokens=False)
-            return [[int(i) for i in self.decoder.check_ids(ids)]], True
+            return [self._checked(self._need_tokenizer("a conversation").encode(text, add_special_tokens=False))], True
         if items and all(
             isinstance(item, (str, Sequence)) or (hasattr(item, "__array__") and getattr(item, "ndim", 0))
             for item in items
@@ -112,44 +104,48 @@ class GeneratingModel(Model):
             return [self._ids(item) for item in items], False
         return [self._ids(items)], True
 
-    def _request(self, prompt: Prompt | Sequence[Prompt] | Messages, options: Options) -> tuple[_Request, bool]:
+    def _request(self, prompt: Prompt | Sequence[Prompt] | Messages, options: Options) -> tuple[Request, bool]:
         """A checked request, and whether it has just one prompt."""
-        if unknown := sorted(set(options) - Options.__annotations__.keys()):
-            raise InputError(f"unknown option {', '.join(unknown)}; there are {', '.join(Options.__annotations__)}")
-        if "max_tokens" not in options:
-            raise InputError("max_tokens is required: the most tokens to generate")
-        params = SamplingParams(**{n: options[n] for n in SAMPLING if n in options})  # type: ignore[literal-required]
-        params.check_vocab(self.manifest.num_logits)
-        stop_ids = options.get("stop_ids")
-        ends = self.manifest.token_ids.eos if stop_ids is None else tuple(int(i) for i in stop_ids)
-        limits = Limits(options["max_tokens"], frozenset(ends), options.get("logprobs", 0))
-        stops = stop_strings(options.get("stop"))
-        if stops:
+        settings = read_settings(options, self.manifest)
+        if settings.stop:
             self._need_tokenizer("a stop string")
-        prompts, single = self._prompts(prompt)
-        capacity = check_lengths(prompts, limits.max_tokens, self.manifest.max_length)
-        return _Request(prompts, params, limits, stops, capacity, options.get("cancel")), single
+        given, single = self._given(prompt)
+        most, longest = settings.limits.max_tokens, self.manifest.max_length
+        if not isinstance(self.decoder, EncoderDecoder):
+            return Request(settings, given, [], check_lengths(given, most, longest)), single
+        starts = [list(self.manifest.token_ids.decoder_start) for _ in given]
+        capacity = check_lengths(starts, most, longest, "a beginning of the target")
+        return Request(settings, starts, given, capacity), single
 
     # -- generation ---------------------------------------------------------------------------------------------
     def generate(  # type: ignore[override]
         self, prompt: Prompt | Sequence[Prompt] | Messages, **options: Unpack[Options]
     ) -> Any:
-        """Continue a prompt, or several at once.
+        """Continue a prompt, or decode a source, or several at once.
 
         Args:
             prompt: a text, a list of ids, a list of either (of different lengths, each as if it were alone), or
-                messages with `role` and `content` where the folder has a chat template.
+                messages with `role` and `content` where the folder has a chat template. An encoder-decoder encodes it,
+                and its own first ids are the beginning of the target, not part of what is returned.
             max_tokens (required), temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
             presence_penalty=0.0, frequency_penalty=0.0, logit_bias=None, seed=None, stop=None (strings),
             stop_ids=None (the model's own; [] for none), logprobs=0 (how many per token), cancel=None (an Event).
+            num_beams=1 (above it, a beam search, which takes no sampling, stop strings or logprobs),
+            length_penalty=1.0, early_stopping=False (True, "never"), num_return_sequences=1: see `BeamParams`.
 
-        Returns a Completion, or a list of them for a list of prompts. Raises InputError or LengthError.
+        Returns a Completion, or a list of them for a list of prompts; with num_return_sequences above 1 a list of at
+        most so many, best first, in place of each Completion. Raises InputError or LengthError.
         """
         request, single = self._request(prompt, options)
-        completions = [_Growing(index, len(ids)) for index, ids in enumerate(request.prompts)]
-        for chunk in self._chunks(request):
-            completions[chunk.index].add(chunk)
-        finished = [growing.completion(self.tokenizer is not None) for growing in completions]
+        if request.settings.searches:
+            found = self._search(request)
+            several = request.settings.beams.num_return_sequences > 1
+            finished: list[Any] = found if several else [best for best, *_ in found]
+        else:
+            completions = [_Growing() for _ in request.prompts]
+            for chunk in self._chunks(request):
+                completions[chunk.index].add(chunk)
+            finished = [growing.completion(self.tokenizer is not None) for growing in completions]
         return finished[0] if single else finished
 
     def stream(  # type: ignore[override]
@@ -160,34 +156,37 @@ class GeneratingModel(Model):
         The arguments are checked at once, before the first chunk is asked for.
         """
         request, _ = self._request(prompt, options)
+        if request.settings.searches:
+            raise InputError("which beam is best is known at the end alone: use generate, or num_beams=1 to stream")
         return self._chunks(request)
 
-    def _chunks(self, request: _Request) -> Iterator[Chunk]:
-        """Borrow a cache for a request, and give it back however the request ends."""
-        cache = self._borrow(len(request.prompts), request.capacity)
-        try:
+    def _chunks(self, request: Request) -> Iterator[Chunk]:
+        with self._lent(request) as cache:
             yield from self._run(request, cache)
-        except GeneratorExit:
-            raise
-        except BaseException:
-            cache.close()  # what it holds may be half written, or not finite
-            raise
-        finally:
-            if cache.buffers:
-                self._give_back(cache)
 
-    def _run(self, request: _Request, cache: Cache) -> Iterator[Chunk]:
-        started = time.perf_counter()
+    def _encoded(self, request: Request, cache: Cache) -> list[int] | None:
+        """A slot for each source, which is encoded into it; None for a decoder."""
+        decoder = self.decoder
+        if not isinstance(decoder, EncoderDecoder):
+            return None
+        slots = [cache.acquire() for _ in request.sources]
+        for slot, source in zip(slots, request.sources):
+            decoder.encode(cache, slot, source)
+        return slots
+
+    def _run(self, request: Request, cache: Cache) -> Iterator[Chunk]:
+        started, settings = time.perf_counter(), request.settings
         batch = Batch(
             self.decoder,
             cache,
             request.prompts,
-            request.params,
-            request.limits,
+            settings.params,
+            settings.limits,
             self.manifest.num_logits,
-            request.cancel,
+            settings.cancel,
+            self._encoded(request, cache),
         )
-        texts = [RowText(self.tokenizer, ids, request.stop) for ids in request.prompts]
+        texts = [RowText(self.tokenizer, ids, settings.stop) for ids in request.shown]
         firsts: dict[int, float] = {}
         counts = [0] * len(texts)
         with contextlib.closing(batch.tokens()) as tokens:
@@ -204,15 +203,60 @@ class GeneratingModel(Model):
                     yield Chunk(row, text, ids, None, token.logprobs)
                     continue
                 batch.finish(row)
-                usage = Usage(len(request.prompts[row]), counts[row])
+                usage = Usage(len(request.given[row]), counts[row])
                 timings = Timings(firsts[row] - started, now - firsts[row])
                 yield Chunk(row, text, ids, reason, token.logprobs, usage, timings)
+
+    def _search(self, request: Request) -> list[list[Completion]]:
+        """The best sequences of every prompt, by beam search."""
+        started, settings = time.perf_counter(), request.settings
+        params, vocab_size = settings.params, self.manifest.num_logits
+        adjusts = params.logit_bias or params.needs_history
+        with self._lent(request) as cache:
+            found = beam_search(
+                self.decoder,
+                cache,
+                request.prompts,
+                settings.beams,
+                settings.limits,
+                vocab_size,
+                slots=self._encoded(request, cache),
+                adjust=Penalties(params, request.prompts, vocab_size) if adjusts else None,
+                cancel=settings.cancel,
+                # transformers forces all but the first of these, and counts what it forces
+                counted_before=len(request.prompts[0]) - 1 if request.sources else 0,
+            )
+        timings = Timings(time.perf_counter() - started, 0.0)
+        return [
+            [self._completed(hypothesis, request, index, timings) for hypothesis in hypotheses]
+            for index, hypotheses in enumerate(found)
+        ]
+
+    def _completed(self, found: Hypothesis, request: Request, index: int, timings: Timings) -> Completion:
+        row = RowText(self.tokenizer, request.shown[index], ())
+        pieces = [row.push(token, None)[0] for token in found.token_ids]
+        pieces.append(row.push(None, found.finish_reason)[0])
+        text = None if self.tokenizer is None else "".join(piece for piece in pieces if piece)
+        usage = Usage(len(request.given[index]), len(found.token_ids))
+        return Completion(text, found.token_ids, found.finish_reason, usage, timings, score=found.score)
+
+
+def _check_token_ids(manifest: Manifest) -> None:
+    """The ids that are fed and forced on the manifest's word exist. Raises ManifestError."""
+    ids = manifest.token_ids
+    forced = () if ids.forced_eos is None else (ids.forced_eos,)
+    for name, values, size in (
+        ("decoder_start", ids.decoder_start, manifest.vocab_size),
+        ("forced_eos", forced, manifest.num_logits),
+    ):
+        if wrong := [i for i in values if not 0 <= i < size]:
+            raise ManifestError(f"{FILE_NAME}: token_ids: expected {name} to be from 0 to {size - 1}, got {wrong[0]}")
 
 
 class _Growing:
     """Collects the chunks of one prompt."""
 
-    def __init__(self, index: int, prompt_tokens: int) -> None:
+    def __init__(self) -> None:
         self.chunks: list[Chunk] = []
 
     def add(self, chunk: Chunk) -> None:

@@ -15,7 +15,7 @@ from ..sources import Source
 from ..sources.forms import EncoderForm
 from ..verify import EncoderReference
 from .decoder import DecoderJob
-from .encoder import EncoderJob, PlainJob, plain_form
+from .encoder import EncoderJob, PlainJob, TranslatedJob
 from .encoder_decoder import PairJob
 from .job import Asked, Job
 
@@ -46,10 +46,8 @@ def open_encoder(source: Source, asked: Asked) -> Job:
         return EncoderJob(form, asked, source.pad_id or 0)
     except CaptureError as refusal:
         why = str(refusal)
-    module, inputs, roles = plain_form(form)
-    longest = asked.max_length or source.max_length or LONGEST_PLAIN
     try:
-        return PlainJob(module, inputs, why, roles, longest)
+        return TranslatedJob(form, asked.max_length, source.max_length or LONGEST_PLAIN, why, source.pad_id or 0)
     except CaptureError as error:
         raise CaptureError(f"{why}; nor can torch translate it: {error}") from error
 

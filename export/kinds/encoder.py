@@ -11,13 +11,14 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from tfinfer.errors import CaptureError, InputError
 from tfinfer.manifest import EncoderRoles, Manifest
 from tfinfer.proof import runs
 from tfinfer.proof.prove import Verdict, open_session, prove_encoder
 from tfinfer.proof.runs import Run
 
 from ..capture import AttentionReport, Kind, Observed, capture_encoder
-from ..capture.encoder import parts_of
+from ..capture.encoder import CapturedEncoder, parts_of
 from ..capture.plain import InputSpec, translate
 from ..verify import EncoderReference, expected_runs, observe, runs_of_ids
 from .job import Asked, Progress
@@ -38,10 +39,15 @@ class EncoderJob:
 
     def __init__(self, form: EncoderForm, asked: Asked, pad_id: int) -> None:
         self.form, self.pad_id = form, pad_id
-        arguments = list(form.arguments)
-        self.captured = capture_encoder(form.module, arguments, max_length=asked.max_length, flavor=asked.flavor)
+        self.captured = self._capture(asked.max_length, asked.flavor)
+        longest = _longest(form, self.captured.max_length, asked.max_length)
+        if longest < self.captured.max_length:
+            self.captured = self._capture(longest, asked.flavor)
         self.graphs: Mapping[str, ir.Model] = {"encoder": self.captured.model}
         self.attention, self.module_length = self.captured.attention, self.captured.module_length
+
+    def _capture(self, max_length: int | None, flavor: str) -> CapturedEncoder:
+        return capture_encoder(self.form.module, list(self.form.arguments), max_length=max_length, flavor=flavor)
 
     @property
     def inputs(self) -> set[str]:
@@ -74,6 +80,14 @@ class EncoderJob:
 
     def observe(self) -> Observed | None:
         return observe(self.captured.trace, self.captured.max_length)
+
+
+def _longest(form: EncoderForm, ceiling: int, asked: int | None) -> int:
+    """The longest text, at most `ceiling`, that the module takes. Raises InputError where more was asked for."""
+    longest = EncoderReference(form.module, form.arguments).longest(ceiling)
+    if asked is not None and longest < asked:
+        raise InputError(f"the module takes at most {longest} tokens, not {asked}: give --max-length {longest} or less")
+    return longest
 
 
 class _ByName(nn.Module):
@@ -130,6 +144,36 @@ class PlainJob:
 
     def observe(self) -> Observed | None:
         return None
+
+
+class TranslatedJob(PlainJob):
+    """An export of an encoder over ids as torch translates it, proved as one that is followed."""
+
+    def __init__(self, form: EncoderForm, asked: int | None, longest: int, why: str, pad_id: int) -> None:
+        module, inputs, roles = plain_form(form)
+        super().__init__(module, inputs, why, roles, asked or longest)
+        self.form, self.pad_id = form, pad_id
+        self.longest = _longest(form, self.longest, asked)
+        self.vocab_size = _words(self.model)
+
+    def fields(self, dtype: str) -> dict[str, Any]:
+        return super().fields(dtype) | {"vocab_size": self.vocab_size}
+
+    def expect(self, progress: Progress) -> list[Run]:
+        reference = EncoderReference(self.form.module, self.form.arguments)
+        outputs = [str(value.name) for value in self.model.graph.outputs]
+        takes = {str(value.name) for value in self.model.graph.inputs}
+        return runs_of_ids(reference, outputs, takes, self.vocab_size, self.longest, self.pad_id, progress)
+
+
+def _words(model: ir.Model) -> int:
+    """How many rows the table has in which a graph looks its ids up. Raises CaptureError where there is none."""
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    tables = [node.inputs[0] for node in ids.consumers() if node.op_type == "Gather" and node.inputs[1] is ids]
+    rows = [table.const_value.shape[0] for table in tables if table is not None and table.const_value is not None]
+    if not rows:
+        raise CaptureError("the ids are looked up in no table of weights, so that none says which ids there are")
+    return min(int(count) for count in rows)
 
 
 def _parts_by_shape(model: ir.Model) -> dict[str, str | None]:

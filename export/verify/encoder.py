@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from tfinfer.errors import ProofError
+from tfinfer.errors import CaptureError, ProofError
 from tfinfer.proof.runs import Run, thinned
 
 from ..capture.outputs import tensors_of
@@ -53,6 +53,29 @@ class EncoderReference:
             if one.is_floating_point() and not torch.allclose(one, kept, atol=1e-4, rtol=1e-4):
                 return True
         return False
+
+    def longest(self, ceiling: int) -> int:
+        """The longest text of at most `ceiling` tokens that the module itself takes: some count positions by the ids.
+
+        Raises CaptureError where it takes not even two.
+        """
+        low, high = 2, ceiling + 1
+        if self._takes(ceiling):
+            return ceiling
+        if not self._takes(low):
+            raise CaptureError("the module fails on texts of two tokens")
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._takes(middle) else (low, middle)
+        return low
+
+    def _takes(self, length: int) -> bool:
+        ids = torch.arange(2)[:, None].expand(2, length)  # one of the two may be padding, which may count for nothing
+        try:
+            self._run(ids, torch.ones_like(ids), torch.zeros_like(ids))
+        except (IndexError, RuntimeError):
+            return False
+        return True
 
 
 def runs_of_ids(
@@ -104,12 +127,10 @@ def _padded(rows: Sequence[Array], value: int) -> Array:
 
 def _together(alone: Sequence[dict[str, torch.Tensor]], output: int, longest: int) -> Array:
     """One output of several texts as a batch gives it, with NaN at the padding; as many rows as a proof compares."""
-    pieces = []
-    for outputs in alone:
-        value = list(outputs.values())[output][0].float().numpy()
-        if value.ndim > 1 and value.shape[0] != longest:
-            value = np.pad(value, [(0, longest - value.shape[0]), *[(0, 0)] * (value.ndim - 1)], constant_values=np.nan)
-        pieces.append(value)
+    pieces = [list(outputs.values())[output][0].float().numpy() for outputs in alone]
+    if len({piece.shape for piece in pieces}) > 1:  # a vector of a text is as long for every text
+        ends = [[(0, longest - len(piece)), *[(0, 0)] * (piece.ndim - 1)] for piece in pieces]
+        pieces = [np.pad(piece, end, constant_values=np.nan) for piece, end in zip(pieces, ends)]
     stacked = np.stack(pieces)
     return thinned(stacked if stacked.ndim > 1 else stacked[:, None])
 

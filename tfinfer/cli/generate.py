@@ -15,7 +15,7 @@ from tfinfer.cli.console import duration, many, remark, say, say_json
 from tfinfer.errors import InputError
 
 if TYPE_CHECKING:
-    from tfinfer.completion import Chunk
+    from tfinfer.completion import Chunk, Completion
     from tfinfer.model import Model
     from tfinfer.tokens.sampling import TokenLogprobs
 
@@ -44,13 +44,14 @@ def command(folder: Path, prompt: str | None, device: str, threads: int | None, 
         if device == "auto" and not given["as_json"]:
             remark(model.reason)
         settings = _settings(model, asked, given)
-        if given["as_json"]:
-            last: Any = model.generate(asked, **settings)
-            say_json({**last.to_dict(), "model": _about(model, folder, seconds)})
-        else:
-            *_, last = chunks = _print_stream(model, asked, settings)
+        about = _about(model, folder, seconds) if given["as_json"] else None
+        if about is None and given["num_beams"] == 1:
+            chunks = _print_stream(model, asked, settings)
             for entry in filter(None, (chunk.logprobs for chunk in chunks)):
                 remark(_logprobs_line(model, entry))
+            last: Chunk | Completion = chunks[-1]
+        else:
+            last = _print_whole(model, asked, settings, about)
         if given["stats"]:
             remark(_stats_line(model, seconds, last))
 
@@ -80,7 +81,8 @@ def _settings(model: Model, asked: Any, given: dict[str, Any]) -> dict[str, Any]
     """The keyword arguments of `Model.generate`."""
     most = given["max_tokens"]
     if most is None:
-        most = max(1, min(options.MAX_TOKENS, model.manifest.max_length - _count(model, asked)))
+        before = len(model.manifest.token_ids.decoder_start) or _count(model, asked)
+        most = max(1, min(options.MAX_TOKENS, model.manifest.max_length - before))
     same = {name: given[name] for name in options.SAMPLING if name not in ("max_tokens", "logit_bias", "stop")}
     bias, stop = dict(given["logit_bias"]), [options.unescape(text) for text in given["stop"]]
     return {**same, "max_tokens": most, "logit_bias": bias or None, "stop": stop or None}
@@ -106,6 +108,20 @@ def _print_stream(model: Model, asked: Any, settings: Any) -> list[Chunk]:
         chunks.append(chunk)
     say()
     return chunks
+
+
+def _print_whole(model: Model, asked: Any, settings: Any, about: dict[str, Any] | None) -> Completion:
+    """Print one or several sequences when they are done, as JSON where there is `about`; returns the best one."""
+    found = model.generate(asked, **settings)
+    completions: list[Completion] = found if isinstance(found, list) else [found]
+    if about is None:
+        for one in completions:
+            say(" ".join(map(str, one.token_ids)) if one.text is None else one.text)
+    elif isinstance(found, list):
+        say_json({"sequences": [one.to_dict() for one in completions], "model": about})
+    else:
+        say_json({**found.to_dict(), "model": about})
+    return completions[0]
 
 
 def _about(model: Model, folder: Path, seconds: float) -> dict[str, Any]:
@@ -137,7 +153,8 @@ def _stats_line(model: Model, load: float, last: Any) -> str:
     later = usage.completion_tokens - 1
     speed = f", {later / timings.decode_seconds:.1f} tokens/s after it" if later > 0 and timings.decode_seconds else ""
     tokens = f"{many(usage.prompt_tokens, 'token')} in, {many(usage.completion_tokens, 'token')} out"
+    first = "first token" if getattr(last, "score", None) is None else "beam search"  # which has no first token
     return (
         f"{tokens} ({last.finish_reason}); load {duration(load)}, "
-        f"first token {duration(timings.first_token_seconds)}{speed}; {model.device}, {threads}"
+        f"{first} {duration(timings.first_token_seconds)}{speed}; {model.device}, {threads}"
     )

@@ -63,6 +63,20 @@ class Bias(click.ParamType):  # type: ignore[type-arg]  # generic in new version
             self.fail(f"expected ID=BIAS, as 42=-1.5; got {value!r}", param, ctx)
 
 
+class EarlyStopping(click.ParamType):  # type: ignore[type-arg]  # generic in new versions alone
+    """no, yes or never as the library has them: False, True, "never"."""
+
+    name = "early stopping"
+    values: dict[str, bool | str] = {"no": False, "yes": True, "never": "never"}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool | str:
+        if isinstance(value, bool):
+            return value
+        if value not in self.values:
+            self.fail(f"expected {', '.join(self.values)}; got {value!r}", param, ctx)
+        return self.values[value]
+
+
 # The arguments of `Model.generate`: name, type and default, metavar, help. The library checks the values.
 _SAMPLING = (
     ("max_tokens", int, None, "N", f"Most tokens to make; default {MAX_TOKENS}, or what fits."),
@@ -78,6 +92,10 @@ _SAMPLING = (
     ("stop", str, (), "TEXT", r"End before this text; repeatable; \n, \t, \r and \\ are understood."),
     ("stop_ids", IdList(), None, "1,2", 'Ids that end it; default the model\'s own, "" for none.'),
     ("logprobs", int, 0, "N", "Log-probabilities of each token and of the N likeliest."),
+    ("num_beams", int, 1, "N", "Beam search with N beams; 1 is off."),
+    ("length_penalty", float, 1.0, "X", "Of a beam search: above 0 favours long sequences, below 0 short ones."),
+    ("early_stopping", EarlyStopping(), False, "no|yes|never", "When a beam search ends; default no."),
+    ("num_return_sequences", int, 1, "N", "So many sequences of a beam search, best first, each on its own line."),
 )
 SAMPLING = tuple(name for name, *_ in _SAMPLING)
 

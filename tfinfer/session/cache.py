@@ -1,45 +1,79 @@
 """The keys and values of several sequences: slots of one buffer per layer and side, changed in place.
 
 A slot keeps its number while its row in the buffers may move, so that live slots always stand in one block that a step
-can bind. Knows nothing of graphs, tokens or text. Not for use by two threads at once; every call has its own.
+can bind. States, which belong to all positions of a slot at once, and its source go wherever it goes. Knows nothing of
+graphs, tokens or text. Not for use by two threads at once; every call has its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from tfinfer.errors import ClosedError, InputError, LengthError
-from tfinfer.manifest import CacheSpec
+from tfinfer.manifest import CacheSpec, StateSpec
+from tfinfer.session.cross import Sources
+from tfinfer.session.fixed import FixedRows
 from tfinfer.session.memory import Buffer, CudaMemory, HostMemory
 
 BLOCK = 64  # capacities are multiples of this, so that a cache that was released fits the next call
 
 
+def slack(window: int) -> int:
+    """How many positions beyond its window a cache has room for, so that what is behind it is seldom moved out."""
+    return max(BLOCK, min(512, window // 2))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a slot held at a moment: how many positions, how many of them in the buffers, and a copy of its states."""
+
+    length: int
+    dropped: int
+    states: tuple[Buffer, ...]
+
+
 class Cache:
     """`slots` sequences of up to `capacity` positions.
 
-    lengths: (slots,) int64, the positions that each *row* holds; use `length(slot)` for one slot.
+    lengths: (slots,) int64, the positions that each *row* holds; use `length(slot)` for one slot. dropped: (slots,)
+    int64, how many of them, the first, are no longer in the buffers: with a `window`, beyond which nothing looks back,
+    these hold it and some more, and never grow further.
+    states: one buffer of (slots, *shape) per state. sources: what the slots are decoded from, of an encoder-decoder.
     """
 
     def __init__(
-        self, specs: Sequence[CacheSpec], memory: HostMemory | CudaMemory, slots: int, capacity: int, longest: int
+        self,
+        specs: Sequence[CacheSpec],
+        memory: HostMemory | CudaMemory,
+        slots: int,
+        capacity: int,
+        longest: int,
+        states: Sequence[StateSpec] = (),
+        sources: Sources | None = None,
+        window: int | None = None,
     ) -> None:
         if slots < 1 or capacity < 1:
             raise InputError(f"expected at least one slot and one position, got {slots} and {capacity}")
         if capacity > longest:
             raise LengthError(f"a cache of {capacity} positions is longer than the model's longest length, {longest}")
         self.specs, self.memory, self.longest = specs, memory, longest
-        self.slots, self.capacity = slots, min(-(-capacity // BLOCK) * BLOCK, longest)
+        self.window = window
+        self.most = longest if window is None else min(longest, _rounded(window + slack(window)))  # the widest buffers
+        self.slots, self.capacity = slots, min(_rounded(capacity), self.most)
         self.buffers = [self._allocate(spec, slots, self.capacity) for spec in specs]
-        self.lengths = np.zeros(slots, np.int64)
+        self.states = FixedRows(memory, slots, [state.shape for state in states], [state.dtype for state in states])
+        self.sources = sources
+        self.lengths, self.dropped = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self._row: dict[int, int] = {}
         self._free = list(range(slots))
         self._next = 0
         self.generation = 0  # changes when pointers do
         self.bound: object = None  # what a decoder keeps bound to these buffers
         self.moved = 0  # bytes copied from row to row so far; growing is not counted
+        self.closed = False
 
     def _allocate(self, spec: CacheSpec, slots: int, capacity: int) -> Buffer:
         return self.memory.allocate((slots, spec.num_kv_heads, capacity, spec.head_dim), spec.dtype)
@@ -47,7 +81,8 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers)
+        sources = self.sources.nbytes if self.sources else 0
+        return sum(buffer.nbytes for buffer in self.buffers) + self.states.nbytes + sources
 
     @property
     def live(self) -> list[int]:
@@ -57,6 +92,15 @@ class Cache:
     def length(self, slot: int) -> int:
         """How many positions a slot holds."""
         return int(self.lengths[self.row(slot)])
+
+    def fits(self, slots: int, capacity: int) -> bool:
+        """Whether a cache of these sizes would be no larger than this one."""
+        return self.slots == slots and self.capacity >= min(capacity, self.most)
+
+    @property
+    def most_at_once(self) -> int:
+        """How many positions may be appended in one call."""
+        return self.longest if self.window is None else max(1, self.most - self.window)
 
     def row(self, slot: int) -> int:
         if slot not in self._row:
@@ -72,7 +116,8 @@ class Cache:
         self._free.remove(row)
         slot, self._next = self._next, self._next + 1
         self._row[slot] = row
-        self.lengths[row] = 0
+        self.lengths[row] = self.dropped[row] = 0
+        self.states.zero(row)
         return slot
 
     def release(self, slot: int) -> None:
@@ -81,13 +126,55 @@ class Cache:
         del self._row[slot]
         self._free.append(row)
         self.lengths[row] = 0
+        if self.sources is not None:
+            self.sources.forget(row)
 
     def rewind(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` positions of a slot."""
+        """Forget all but the first `length` positions of a slot; its source stays.
+
+        A state is of all positions at once: of a slot with states, InputError unless all or none are kept.
+        """
         row = self.row(slot)
-        if not 0 <= length <= self.lengths[row]:
-            raise InputError(f"slot {slot} holds {self.lengths[row]} positions: cannot rewind it to {length}")
+        held = int(self.lengths[row])
+        if not 0 <= length <= held:
+            raise InputError(f"slot {slot} holds {held} positions: cannot rewind it to {length}")
+        if self.states.buffers and length < held:
+            if length:
+                raise InputError(
+                    f"slot {slot} holds {held} positions and states of all of them, which cannot go back to {length}: "
+                    "fork the slot where you may want to return to, or rewind it to 0 and prefill again"
+                )
+            self.states.zero(row)
+        if length and self._sees_dropped(row, length):
+            raise InputError(
+                f"slot {slot} holds {held} positions, of which the first {self.dropped[row]} lie behind its window and "
+                f"are gone: cannot rewind it to {length}; rewind it to 0 and prefill again"
+            )
         self.lengths[row] = length
+        self.dropped[row] = 0 if length == 0 else self.dropped[row]
+
+    def _sees_dropped(self, row: int, length: int) -> bool:
+        """Whether the position that follows `length` others would look at one that is gone."""
+        return self.window is not None and bool(self.dropped[row] > max(0, length - self.window + 1))
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """What `restore` goes back to; for as long as the slot's positions are only added to."""
+        row = self.row(slot)
+        return Snapshot(self.length(slot), int(self.dropped[row]), tuple(self.states.taken(row)))
+
+    def restore(self, slot: int, snapshot: Snapshot) -> None:
+        """Let a slot hold what it did when `snapshot` was taken, states too; nothing where that is gone meanwhile."""
+        row = self.row(slot)
+        gone = self._sees_dropped(row, snapshot.length)
+        self.lengths[row] = 0 if gone else snapshot.length
+        self.dropped[row] = 0 if gone else self.dropped[row]
+        self.states.put(row, snapshot.states)
+
+    def lay_out_sources(self, capacity: int) -> None:
+        """Have room for exactly `capacity` positions of every source. Raises InputError where one in use is longer."""
+        if self.sources is None:
+            raise InputError("this cache has no sources: open it with the open_cache of an encoder-decoder")
+        self.generation += self.sources.lay_out(capacity)
 
     def fork(self, slot: int) -> int:
         """A new slot that holds what `slot` holds."""
@@ -99,7 +186,8 @@ class Cache:
     def copy_positions(self, source_slot: int, target_slot: int, start: int, end: int) -> None:
         """Let `target_slot` hold what `source_slot` does up to `end`, where it does so up to `start` already.
 
-        Raises InputError where the target holds fewer than `start` positions or the source fewer than `end`.
+        States are copied whole, and the source where the target has another one. Raises InputError where the target
+        holds fewer than `start` positions or the source fewer than `end`, or with states not exactly so many.
         """
         source, target = self.row(source_slot), self.row(target_slot)
         if not 0 <= start <= end <= self.lengths[source] or start > self.lengths[target]:
@@ -108,16 +196,39 @@ class Cache:
                 f"slot {target_slot}, which holds {self.lengths[target]}: expected start <= end, no end past what the "
                 "source holds and no start past what the target holds"
             )
-        self._copy_row(source, target, start, end)
-        self.lengths[target] = end
+        if self.states.buffers and end != self.lengths[source]:
+            raise InputError(
+                f"cannot copy {end} of the {self.lengths[source]} positions of slot {source_slot}: its states are of "
+                "all of them: copy all, or prefill again"
+            )
+        gone = int(self.dropped[source])
+        start = start if gone == 0 and self.dropped[target] == 0 else gone  # positions lie elsewhere: copy all
+        self._copy_row(source, target, start - gone, end - gone)
+        self.lengths[target], self.dropped[target] = end, gone
 
     def reserve(self, slot: int, positions: int) -> None:
         """Make room for `positions` more in a slot. Raises LengthError past the longest length."""
-        needed = self.length(slot) + positions
+        row = self.row(slot)
+        needed = int(self.lengths[row]) + positions
         if needed > self.longest:
             raise LengthError(f"{needed} positions are more than the model's longest length, {self.longest}")
-        if needed > self.capacity:
-            self.grow(min(self.longest, max(needed, 2 * self.capacity)))
+        needed -= int(self.dropped[row])
+        if needed > self.capacity and self.capacity < self.most:
+            self.grow(min(self.most, max(needed, 2 * self.capacity)))
+        if needed > self.capacity and self.window is not None:
+            self._drop(row, self.window)
+
+    def _drop(self, row: int, kept: int) -> None:
+        """Move the last `kept` positions of a row to its front, over what lies behind the window."""
+        gone = int(self.lengths[row] - self.dropped[row]) - kept
+        for spec, buffer in zip(self.specs, self.buffers):
+            head = buffer.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
+            place, width = head // self.capacity, kept * (head // self.capacity)
+            first = buffer.pointer + row * head * spec.num_kv_heads
+            spare = self._allocate(spec, 1, kept)  # the two places may overlap
+            self.memory.copy_2d(spare.pointer, width, first + gone * place, head, width, spec.num_kv_heads)
+            self.memory.copy_2d(first, head, spare.pointer, width, width, spec.num_kv_heads)
+        self.dropped[row] += gone
 
     def grow(self, capacity: int) -> None:
         """Move every slot into buffers of at least `capacity` positions."""
@@ -125,7 +236,7 @@ class Cache:
             raise LengthError(
                 f"a cache of {capacity} positions is longer than the model's longest length, {self.longest}"
             )
-        capacity = min(-(-capacity // BLOCK) * BLOCK, self.longest)
+        capacity = min(_rounded(capacity), self.most)
         if capacity <= self.capacity:
             return
         grown = []
@@ -156,24 +267,29 @@ class Cache:
             return
         other = next((s for s, row in self._row.items() if row == target), None)
         if other is None:
-            self._copy_row(source, target, 0, int(self.lengths[source]))
+            self._copy_row(source, target, 0, int(self.lengths[source] - self.dropped[source]))
             self._free.remove(target)
             self._free.append(source)
+            if self.sources is not None:
+                self.sources.forget(source)
         else:
             self._swap_rows(source, target)
             self._row[other] = source
         self._row[slot] = target
-        self.lengths[[source, target]] = self.lengths[[target, source]]
+        for counts in (self.lengths, self.dropped):
+            counts[[source, target]] = counts[[target, source]]
 
     def _copy_row(self, source: int, target: int, start: int, end: int) -> None:
         for spec, buffer in zip(self.specs, self.buffers):
             self.moved += self._copy_entry(spec, buffer, source, target, start, end)
+        self.moved += self.states.copy(source, target)
+        if self.sources is not None:
+            self.moved += self.sources.copy(source, target)
 
     def _copy_entry(self, spec: CacheSpec, buffer: Buffer, source: int, target: int, start: int, end: int) -> int:
-        """Copy what one entry holds of these positions to another row; returns how many bytes that was.
+        """Copy what one entry holds at these places of its buffer to another row; returns how many bytes that was.
 
-        The one place that knows where a position lies. An entry without positions, a state, belongs to all of them at
-        once: it would be copied whole here, whatever `start` and `end` are.
+        This alone knows where a position lies.
         """
         head = buffer.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
         row, position = head * spec.num_kv_heads, head // self.capacity
@@ -189,11 +305,14 @@ class Cache:
             self.memory.copy(buffer, one * size, buffer, other * size, size)
             self.memory.copy(buffer, other * size, spare, 0, size)
             self.moved += 3 * size
+        self.moved += self.states.swap(one, other)
+        if self.sources is not None:
+            self.moved += self.sources.swap(one, other)
 
     def pointers(self, row: int) -> list[int]:
         """The address of `row` in every buffer."""
-        if not self.buffers:
-            raise ClosedError("the cache was closed")
+        if self.closed:
+            raise ClosedError("the cache was closed: open another one")
         return [buffer.pointer + row * (buffer.nbytes // self.slots) for buffer in self.buffers]
 
     def reset(self) -> None:
@@ -204,4 +323,9 @@ class Cache:
     def close(self) -> None:
         """Let the memory go."""
         self.reset()
-        self.buffers, self.bound = [], None
+        self.closed, self.buffers, self.bound, self.sources = True, [], None, None
+        self.states.buffers.clear()
+
+
+def _rounded(capacity: int) -> int:
+    return -(-capacity // BLOCK) * BLOCK

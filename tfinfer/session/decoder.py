@@ -1,7 +1,7 @@
 """One decoder graph over a cache of slots: ids in, logits out. Knows neither tokens' meaning, nor sampling, nor text.
 
 A prompt is prefilled alone into its slot, a row of the buffers by pointer; a step runs all given slots together, each
-at its own length. The cache is bound as past and as present, so nothing of it is copied.
+at its own length. The cache and its states are bound as past and as present, so nothing of them is copied.
 """
 
 from __future__ import annotations
@@ -52,9 +52,13 @@ class Decoder:
         found = {
             v.name for v in (*session.get_inputs(), *session.get_overridable_initializers(), *session.get_outputs())
         }
-        optional = [name for name in (roles.position_ids, roles.logits_to_keep) if name is not None]
-        wanted = {roles.input_ids, roles.attention_mask, roles.logits, *optional}
+        # Of what the encoder makes a decoder takes what it needs.
+        self.cross = tuple(spec for spec in self.manifest.cross if spec.name in found)
+        given = (roles.position_ids, roles.logits_to_keep, roles.source_mask)
+        wanted = {roles.input_ids, roles.attention_mask, roles.logits, *(name for name in given if name is not None)}
         wanted |= {name for entry in cache for name in (entry.past, entry.present)}
+        wanted |= {name for state in self.manifest.states for name in (state.past, state.present)}
+        wanted |= {spec.name for spec in self.cross}
         if odd := sorted(found ^ wanted):
             raise IncompatibleModelError(f"the graph and the manifest disagree on {', '.join(odd[:8])}")
 
@@ -64,28 +68,22 @@ class Decoder:
 
     def open_cache(self, slots: int = 1, capacity: int = 256) -> Cache:
         """An empty cache of `slots` sequences of up to `capacity` positions; it grows when a slot needs more."""
-        longest = self.manifest.max_length
-        return Cache(self.manifest.cache, self.memory, slots, min(capacity, longest), longest)
+        manifest, longest = self.manifest, self.manifest.max_length
+        return Cache(
+            manifest.cache, self.memory, slots, min(capacity, longest), longest, manifest.states,
+            window=manifest.keeps_window,
+        )  # fmt: skip
 
     def check_ids(self, ids: Sequence[int] | Ids) -> Ids:
         """(n,) int64. Raises InputError for no ids, ids that are no whole numbers, or ids outside the vocabulary."""
-        array = np.asarray(ids)
-        if array.ndim != 1 or array.size == 0:
-            raise InputError(f"expected a row of at least one id, got shape {array.shape}")
-        if array.dtype.kind not in "iu":
-            raise InputError(f"expected ids that are whole numbers, got {array.dtype}")
-        wrong = array[(array < 0) | (array >= self.manifest.vocab_size)]
-        if wrong.size:
-            raise InputError(
-                f"ids must be from 0 to {self.manifest.vocab_size - 1}, the model's vocabulary; got {int(wrong[0])}"
-            )
-        return np.ascontiguousarray(array, np.int64)
+        return checked_ids(ids, self.manifest.vocab_size)
 
     # -- running ------------------------------------------------------------------------------------------------
     def prefill(self, cache: Cache, slot: int, ids: Sequence[int] | Ids, *, keep: int = 1) -> Logits:
         """Append `ids` to a slot; returns the logits of the last `keep` of them, (keep, num_logits).
 
-        Raises InputError for wrong ids and LengthError past the model's longest length; the cache is then as it was.
+        Raises InputError for wrong ids and LengthError past the model's longest length. Whatever is raised, the slot
+        then holds what it did.
         """
         array = self.check_ids(ids)
         most = len(array) if self.manifest.all_rows else 1
@@ -94,15 +92,19 @@ class Decoder:
         before, longest = cache.length(slot), self.manifest.max_length
         if before + len(array) > longest:
             raise LengthError(f"{before} + {len(array)} positions are more than the model's longest length, {longest}")
-        cache.reserve(slot, len(array))
+        size = min(PREFILL_CHUNK, cache.most_at_once)
+        if len(array) <= cache.most_at_once:
+            cache.reserve(slot, len(array))
+        snapshot = cache.snapshot(slot)
         pieces = []
         try:
-            for start in range(0, len(array), PREFILL_CHUNK):
-                piece = array[start : start + PREFILL_CHUNK]
+            for start in range(0, len(array), size):
+                piece = array[start : start + size]
+                cache.reserve(slot, len(piece))
                 wanted = max(1, min(len(piece), keep - (len(array) - start - len(piece))))
                 pieces.append(self._append(cache, slot, piece, wanted))
         except Exception:
-            cache.rewind(slot, before)
+            cache.restore(slot, snapshot)
             raise
         kept: Logits = np.concatenate(pieces)[-keep:]
         return kept
@@ -111,7 +113,8 @@ class Decoder:
         row = cache.row(slot)
         past, roles = int(cache.lengths[row]), self.roles
         binding = self._binding()
-        held = [ids[None], np.ones((1, past + len(ids)), np.int64), np.arange(past, past + len(ids))[None]]
+        total = past - int(cache.dropped[row]) + len(ids)
+        held = [ids[None], np.ones((1, total), np.int64), np.arange(past, past + len(ids))[None]]
         for name, array in zip((roles.input_ids, roles.attention_mask, roles.position_ids), held):
             if name is not None:
                 binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
@@ -128,7 +131,8 @@ class Decoder:
     def step(self, cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids) -> Logits:
         """Append one id to each of `slots`; returns their logits, (slots, num_logits), valid until the next step.
 
-        ids: (slots,), taken as they are: they come from this model's logits or were checked by the caller.
+        ids: (slots,), taken as they are: they come from this model's logits or were checked by the caller. A step that
+        fails keeps the lengths; states may be half changed then, so release the slots of a model that has some.
         """
         for slot in slots:
             cache.reserve(slot, 1)
@@ -149,6 +153,10 @@ class Decoder:
             kind = ELEMENT_TYPES[entry.dtype]
             binding.bind_input(entry.past, self.device, 0, kind, shape, pointer)
             binding.bind_output(entry.present, self.device, 0, kind, shape, pointer)
+        for state, pointer in zip(self.manifest.states, cache.states.pointers(row)):
+            kind = ELEMENT_TYPES[state.dtype]
+            binding.bind_input(state.past, self.device, 0, kind, (rows, *state.shape), pointer)
+            binding.bind_output(state.present, self.device, 0, kind, (rows, *state.shape), pointer)
 
     def _run(self, binding: Any) -> None:
         session = self._session
@@ -165,7 +173,8 @@ class BoundStep:
     def __init__(self, decoder: Decoder, cache: Cache, first: int, rows: int) -> None:
         self.key = (id(decoder), cache.generation, first, rows)
         self.decoder, self.roles = decoder, decoder.roles
-        self.lengths = cache.lengths[first : first + rows]  # a view: the cache's own
+        self.lengths = cache.lengths[first : first + rows]  # views: the cache's own
+        self.dropped = cache.dropped[first : first + rows] if cache.window is not None else None
         self.ids = np.zeros((rows, 1), np.int64)
         self.positions = np.zeros((rows, 1), np.int64)
         self.mask = np.ones(rows * cache.capacity, np.int64)
@@ -184,16 +193,30 @@ class BoundStep:
     def run(self, ids: Sequence[int] | Ids) -> Logits:
         self.ids[:, 0] = ids
         self.positions[:, 0] = self.lengths
-        rows, total = len(self.ids), int(self.lengths.max()) + 1
+        held = self.lengths if self.dropped is None else self.lengths - self.dropped  # positions in the buffers
+        rows, total = len(self.ids), int(held.max()) + 1
         if rows > 1:
             mask = self.mask[: rows * total].reshape(rows, total)
-            np.less_equal(self.columns[:total], self.lengths[:, None], out=mask)
+            np.less_equal(self.columns[:total], held[:, None], out=mask)
         if self.decoder.device != "cpu":  # a device takes its copy of a host input when it is bound, not when it runs
             self._bind_small()
         self.binding.bind_input(self.roles.attention_mask, "cpu", 0, np.int64, (rows, total), self.mask.ctypes.data)
         self.decoder._run(self.binding)
         self.lengths += 1
         return self.logits[:, 0]
+
+
+def checked_ids(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
+    """(n,) int64. Raises InputError for no ids, ids that are no whole numbers, or ids outside the vocabulary."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.size == 0:
+        raise InputError(f"expected a row of at least one id, got shape {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise InputError(f"expected ids that are whole numbers, got {array.dtype}")
+    wrong = array[(array < 0) | (array >= vocab_size)]
+    if wrong.size:
+        raise InputError(f"ids must be from 0 to {vocab_size - 1}, the model's vocabulary; got {int(wrong[0])}")
+    return np.ascontiguousarray(array, np.int64)
 
 
 def without_cuda(manifest: Manifest, device: str) -> tuple[str, str]:

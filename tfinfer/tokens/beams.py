@@ -52,6 +52,7 @@ def beam_search(
     slots: Sequence[int] | None = None,
     adjust: Adjust | None = None,
     cancel: threading.Event | None = None,
+    counted_before: int = 0,
 ) -> list[list[Hypothesis]]:
     """Continue every prompt by beam search, as transformers 5.23 does each alone (`_beam_search`).
 
@@ -61,14 +62,16 @@ def beam_search(
         slots: one per prompt, acquired already; the prompt is appended to what it holds (a prefix, a source).
         adjust: changes the log-probabilities before they are added up; see `Adjust` and `Penalties`.
         cancel: where it is set before a step, what there is comes back, unfinished beams as "cancelled".
+        counted_before: ids at the end of every prompt that `length_penalty` counts as generated; see `Hypotheses`.
 
     Returns at most `num_return_sequences` hypotheses per prompt, best first. Raises InputError for arguments that do
     not fit together and NonFiniteLogitsError where nothing can be chosen.
     """
     _check(prompts, limits, vocab_size, slots)
     search = _Search(decoder, cache, adjust, cancel)
+    found = [Hypotheses(params, limits, counted_before) for _ in prompts]
     try:
-        return search.run(prompts, slots, params, limits)
+        return search.run(prompts, slots, found)
     finally:
         search.release()
 
@@ -181,8 +184,9 @@ class _Search:
             slots.release()
 
     def run(
-        self, prompts: Sequence[Sequence[int]], slots: Sequence[int] | None, params: BeamParams, limits: Limits
+        self, prompts: Sequence[Sequence[int]], slots: Sequence[int] | None, found: Sequence[Hypotheses]
     ) -> list[list[Hypothesis]]:
+        """found: what is known of each prompt, nothing at first."""
         self._held = [BeamSlots(self.cache, slot) for slot in slots or ()]
         searched = []
         logits = []
@@ -191,8 +195,8 @@ class _Search:
                 self._held.append(BeamSlots(self.cache, self.cache.acquire()))
             held = self._held[index]
             logits.append(self.decoder.prefill(self.cache, held.slots[0], ids)[-1])
-            held.fork(params.num_beams)
-            searched.append(_Prompt(index, Hypotheses(params, limits), held, index))
+            held.fork(found[index].params.num_beams)
+            searched.append(_Prompt(index, found[index], held, index))
         self._continue(list(searched), np.stack(logits))
         return [prompt.hypotheses.best() for prompt in searched]
 

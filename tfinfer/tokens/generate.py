@@ -29,11 +29,15 @@ class DecodesIds(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """When generation ends, and what is reported of each token."""
+    """When generation ends, and what is reported of each token.
+
+    forced_last: the id that is the last of `max_tokens`, whatever the model says; None leaves it the choice.
+    """
 
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
     logprobs: int = 0
+    forced_last: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("max_tokens", self.max_tokens, 1), ("logprobs", self.logprobs, 0)):
@@ -65,6 +69,8 @@ class Batch:
     """Several prompts continued together in one cache; a prompt that ends leaves, the others go on.
 
     Iterate over `tokens()`; `finish(index)` ends a prompt from outside (a stop string), `cancel` ends them all.
+
+    slots: one per prompt, acquired already; the prompt is appended to what it holds (a source). They are given back.
     """
 
     decoder: DecodesIds
@@ -74,6 +80,7 @@ class Batch:
     limits: Limits
     vocab_size: int
     cancel: threading.Event | None = None
+    slots: Sequence[int] | None = None
     _ended: set[int] = field(default_factory=set)
 
     def finish(self, index: int) -> None:
@@ -82,14 +89,15 @@ class Batch:
 
     def tokens(self) -> Generator[Token]:
         """The tokens of all prompts in the order in which they are made."""
-        rows: list[_Row] = []
+        rows = [_Row(index, slot) for index, slot in enumerate(self.slots or ())]
         try:
             history = History(self.prompts, self.vocab_size, self.params)
             draws = generators(self.params, len(self.prompts))
             logits = []
             for index, prompt in enumerate(self.prompts):
-                rows.append(_Row(index, self.cache.acquire()))
-                logits.append(self.decoder.prefill(self.cache, rows[-1].slot, prompt)[-1])
+                if self.slots is None:
+                    rows.append(_Row(index, self.cache.acquire()))
+                logits.append(self.decoder.prefill(self.cache, rows[index].slot, prompt)[-1])
             yield from self._continue(rows, np.stack(logits), history, draws)
         finally:
             for row in rows:
@@ -102,7 +110,7 @@ class Batch:
             if self.cancel is not None and self.cancel.is_set():
                 yield from (Token(row.index, None, "cancelled") for row in rows)
                 return
-            ids = choose(logits, history, self.params, draws)
+            ids = self._choose(rows, logits, history, draws)
             reported = top_logprobs(logits, ids, self.limits.logprobs) if self.limits.logprobs else None
             history.add(ids)
             kept = []
@@ -115,6 +123,13 @@ class Batch:
             if rows:
                 logits = self.decoder.step(self.cache, [row.slot for row in rows], ids)
 
+    def _choose(self, rows: list[_Row], logits: Any, history: History, draws: list[np.random.Generator]) -> Any:
+        """One id for each row, (rows,)."""
+        forced = self.limits.forced_last
+        if forced is not None and rows[0].generated == self.limits.max_tokens - 1:  # all rows have as many
+            return np.full(len(rows), forced, np.int64)
+        return choose(logits, history, self.params, draws)
+
     def _keep(self, rows: list[_Row], kept: list[int], ids: Any, history: History, draws: Any) -> Any:
         """Let the rows that ended go."""
         if len(kept) == len(rows):
@@ -126,23 +141,24 @@ class Batch:
         return ids[kept], [draws[place] for place in kept]
 
     def _token(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Token:
-        if token_id in self.limits.stop_ids:
-            return Token(row.index, None, "stop")
         row.generated += 1
         reason: FinishReason | None = "length" if row.generated >= self.limits.max_tokens else None
+        if token_id in self.limits.stop_ids:
+            # A stop id that was forced is no sign that the model was done.
+            return Token(row.index, None, reason if reason and self.limits.forced_last is not None else "stop")
         return Token(row.index, token_id, reason, logprobs)
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, max_length: int) -> int:
-    """The longest sequence of a request. Raises LengthError where it passes `max_length`."""
+def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, max_length: int, what: str = "a prompt") -> int:
+    """The longest sequence of a request. Raises LengthError where it passes `max_length`; `what` is `prompts`' name."""
     longest = max(len(prompt) for prompt in prompts)
     if longest > max_length:
         raise LengthError(
-            f"a prompt of {longest} tokens is longer than the model's longest length, {max_length}: shorten it"
+            f"{what} of {longest} tokens is longer than the model's longest length, {max_length}: shorten it"
         )
     if longest + max_tokens > max_length:
         raise LengthError(
-            f"a prompt of {longest} tokens and max_tokens={max_tokens} would pass the model's longest length, "
+            f"{what} of {longest} tokens and max_tokens={max_tokens} would pass the model's longest length, "
             f"{max_length}: max_tokens may be at most {max_length - longest}"
         )
     return longest + max_tokens

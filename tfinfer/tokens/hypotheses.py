@@ -76,13 +76,15 @@ class Hypothesis:
 class Hypotheses:
     """The beams and hypotheses of one prompt. At first there is one beam without tokens.
 
+    counted_before: ids at the end of the prompt that lengths count as if they had been generated, as transformers does
+        with the first ids that it forces on a target.
     tokens: per running beam, best first, its generated ids.
     parents: (beams,) the beam of the step before that each continues; ids: (beams,) by which id.
     done: whether nothing that is returned can change any more.
     """
 
-    def __init__(self, params: BeamParams, limits: Limits) -> None:
-        self.params, self.limits = params, limits
+    def __init__(self, params: BeamParams, limits: Limits, counted_before: int = 0) -> None:
+        self.params, self.limits, self.counted_before = params, limits, counted_before
         # Of so many candidates at least `num_beams` go on, even if all the others are stop ids.
         self._candidates = max(2, 1 + len(limits.stop_ids)) * params.num_beams
         self._stop_ids = np.array(sorted(limits.stop_ids), np.int64)
@@ -99,6 +101,9 @@ class Hypotheses:
 
         Raises NonFiniteLogitsError for NaN, +inf, or where nothing may follow and nothing has ended.
         """
+        if self.limits.forced_last is not None and self._length + 1 == self.limits.max_tokens:
+            log_probs = np.full_like(log_probs, -math.inf)
+            log_probs[:, self.limits.forced_last] = 0
         totals = (self._scores[:, None] + log_probs).ravel()
         places = largest(totals, self._candidates)
         if not places.size and not self._ended:
@@ -120,10 +125,12 @@ class Hypotheses:
         self.done = not self.tokens or self._cannot_improve()
 
     def _end(self, parents: Ids, ids: Ids, totals: Scores) -> None:
+        # A stop id that was forced is no sign that the model was done.
+        forced = self.limits.forced_last is not None and self._length >= self.limits.max_tokens
         for parent, token, score in zip(parents.tolist(), ids.tolist(), self._per_length(totals, self._length)):
             stops = token in self.limits.stop_ids
             tokens = self.tokens[parent] if stops else self.tokens[parent] + (token,)
-            self._ended.append(Hypothesis(tokens, score, "stop" if stops else "length"))
+            self._ended.append(Hypothesis(tokens, score, "stop" if stops and not forced else "length"))
         self._ended = _best(self._ended, self.params.num_beams)
 
     def _cannot_improve(self) -> bool:
@@ -138,7 +145,8 @@ class Hypotheses:
 
     def _per_length(self, totals: Scores, length: int) -> list[float]:
         """In float32, as torch divides, so that what is equal there is equal here."""
-        scores: list[float] = (totals / np.float32(length**self.params.length_penalty)).tolist()
+        counted = length + self.counted_before
+        scores: list[float] = (totals / np.float32(counted**self.params.length_penalty)).tolist()
         return scores
 
     def best(self) -> list[Hypothesis]:
