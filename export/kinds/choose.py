@@ -53,7 +53,7 @@ def open_encoder(source: Source, asked: Asked) -> Job:
 
 
 def _accepted(form: EncoderForm) -> EncoderForm:
-    """Without token types where the module has a parameter for them and, built without any, refuses to be given them."""
+    """Without token types where the module has a parameter for them and, built without any, refuses to take them."""
     without = EncoderForm(form.module, tuple(a for a in form.arguments if a.kind is not Kind.TYPES))
     return without if without != form and not _runs(form) and _runs(without) else form
 

@@ -173,7 +173,7 @@ def _words(model: ir.Model) -> int:
     rows = [table.const_value.shape[0] for table in tables if table is not None and table.const_value is not None]
     if not rows:
         raise CaptureError("the ids are looked up in no table of weights, so that none says which ids there are")
-    return min(int(count) for count in rows)
+    return min(count for count in rows if isinstance(count, int))
 
 
 def _parts_by_shape(model: ir.Model) -> dict[str, str | None]:

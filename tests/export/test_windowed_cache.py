@@ -15,8 +15,8 @@ WINDOW, STEPS, LONGEST = 16, 4096, 4160
 def windowed(tmp_path_factory):
     torch.manual_seed(0)
     config = TransformerConfig(
-        vocab_size=40, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, position="rotary",
-        attention_pattern="sliding_window", window=WINDOW, max_length=LONGEST,
+        vocab_size=40, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32,
+        position="rotary", attention_pattern="sliding_window", window=WINDOW, max_length=LONGEST,
     )  # fmt: skip
     module = Decoder(config).eval()
     out = tmp_path_factory.mktemp("windowed") / "out"

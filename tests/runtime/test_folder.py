@@ -184,7 +184,8 @@ def test_a_graph_that_is_damaged_anywhere_never_ends_the_process(copied):
         (copied / f"{number}.onnx").write_bytes(content)
     script = (
         "import sys, pathlib, hashlib, dataclasses\n"
-        "import tfinfer\nfrom tfinfer.manifest import load_manifest, FileSpec\nfrom tfinfer.generating import GeneratingModel as Model\n"
+        "import tfinfer\nfrom tfinfer.manifest import load_manifest, FileSpec\n"
+        "from tfinfer.generating import GeneratingModel as Model\n"
         "from tfinfer.integrity import check_files\n"
         "folder = pathlib.Path(sys.argv[1]); manifest = load_manifest(folder); refused = 0\n"
         f"for number in range({len(damaged)}):\n"
