@@ -70,6 +70,8 @@ class StateSpec:
 class CrossSpec:
     """What the encoder's graph gives once and every decoder step takes: an axis is a size, "batch" (first) or "source".
 
+    A sum over the source has no axis of it.
+
     Output of the one graph and input of the other under the same name.
     """
 
@@ -250,7 +252,7 @@ class Manifest:
             check(min(state.shape, default=1) > 0, f"state {state.past!r} has no size")
             check(state.dtype in DTYPES, f"state {state.past!r} has the unknown dtype {state.dtype!r}")
         for given in self.cross:
-            whole = given.shape[:1] == ("batch",) and given.shape.count("source") == 1 and given.dtype in DTYPES
+            whole = given.shape[:1] == ("batch",) and given.shape.count("source") <= 1 and given.dtype in DTYPES
             sizes = [size for size in given.shape if size not in ("batch", "source")]
             check(whole and all(isinstance(n, int) and n > 0 for n in sizes), f"{given.name!r} has an odd shape")
         check(self.pooling is None or self.pooling.mode in POOLINGS, "unknown pooling")

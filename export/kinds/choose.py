@@ -27,7 +27,7 @@ def open_job(source: Source, kind: str, asked: Asked) -> Job:
     """Capture a source as the kind that was asked for, or for "auto" as what it is."""
     if asked.inputs:
         longest = asked.max_length or max((n for i in asked.inputs for n in i.shape if isinstance(n, int)), default=1)
-        return PlainJob(source.module, asked.inputs, "", EncoderRoles(), longest)
+        return PlainJob(source.module, asked.inputs, "", EncoderRoles(), longest, asked.max_length)
     wanted = source.says if kind == "auto" else kind
     if wanted == "encoder-decoder":
         return PairJob(source.as_pair(), asked)

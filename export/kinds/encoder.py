@@ -118,9 +118,10 @@ class PlainJob:
     """An export of a module as torch translates it, for what takes no ids or has an operation that is not followed."""
 
     def __init__(
-        self, module: nn.Module, inputs: Sequence[InputSpec], why: str, roles: EncoderRoles, longest: int
-    ) -> None:
-        self.module, self.inputs, self.longest = module, tuple(inputs), longest
+        self, module: nn.Module, inputs: Sequence[InputSpec], why: str, roles: EncoderRoles, longest: int,
+        limit: int | None = None,
+    ) -> None:  # fmt: skip
+        self.module, self.inputs, self.longest, self.limit = module, tuple(inputs), longest, limit
         self.model = translate(module, inputs)
         self.roles = replace(roles, **_parts_by_shape(self.model)) if roles.input_ids else roles
         self.graphs: Mapping[str, ir.Model] = {"encoder": self.model}
@@ -132,7 +133,7 @@ class PlainJob:
         return {"kind": "encoder", "encoder": self.roles, **lengths, **NOTHING_CACHED}
 
     def expect(self, progress: Progress) -> list[Run]:
-        return expected_runs(self.module, self.inputs, self.model, progress)
+        return expected_runs(self.module, self.inputs, self.model, self.limit, progress)
 
     def save(self, path: Path, expected: list[Run]) -> None:
         runs.save(path, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,11 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from tfinfer.errors import CaptureError, ProofError
+from tfinfer.errors import CaptureError, InputError, ProofError
 from tfinfer.proof.runs import Run, thinned
 
 from ..capture.outputs import tensors_of
-from ..capture.plain import InputSpec
+from ..capture.plain import RANGES, InputSpec
 from ..capture.trace import Argument, Kind, inference_mode_of
 
 Array = npt.NDArray[Any]
@@ -135,20 +136,35 @@ def _together(alone: Sequence[dict[str, torch.Tensor]], output: int, longest: in
     return thinned(stacked if stacked.ndim > 1 else stacked[:, None])
 
 
-def expected_runs(module: nn.Module, inputs: Sequence[InputSpec], model: ir.Model, progress: Progress) -> list[Run]:
-    """Batches of made-up inputs of many sizes, as the module computes them."""
+def expected_runs(
+    module: nn.Module, inputs: Sequence[InputSpec], model: ir.Model, longest: int | None, progress: Progress
+) -> list[Run]:
+    """Batches of made-up inputs of many sizes, as the module computes them.
+
+    longest: what no axis but the first may pass. Raises InputError where the module fails at a size.
+    """
     names = [str(value.name) for value in model.graph.outputs]
+    ranges = json.loads(model.metadata_props.get(RANGES, "{}"))
     found = []
     for number, sizes in enumerate(SIZES):
         progress(f"proof: PyTorch, sizes {number + 1} of {len(SIZES)}")
         axes = list(dict.fromkeys(axis for spec in inputs for axis in spec.shape if isinstance(axis, str)))
-        known = {axis: sizes[i % len(sizes)] for i, axis in enumerate(axes)}
+        known = {}
+        for i, axis in enumerate(axes):
+            limits = (sizes[i % len(sizes)], ranges.get(axis, [0, None])[1], longest if i else None)
+            known[axis] = min(n for n in limits if n)
         given = {spec.name: _made_up(spec, known, number) for spec in inputs}
-        with inference_mode_of(module):
-            out = tensors_of(module(**{name: torch.from_numpy(array) for name, array in given.items()}))
+        told = ", ".join(f"{axis} {size}" for axis, size in known.items()) or "fixed sizes"
+        try:
+            with inference_mode_of(module):
+                out = tensors_of(module(**{name: torch.from_numpy(array) for name, array in given.items()}))
+        except Exception as error:
+            raise InputError(
+                f"the module fails with {told}: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                "give --max-length where its axes have a limit"
+            ) from error
         if len(out) != len(names):
             raise ProofError(f"the module returns {len(out)} tensors, its graph {len(names)}")
-        told = ", ".join(f"{axis} {size}" for axis, size in known.items()) or "fixed sizes"
         expected = {name: thinned(value.float().numpy()) for name, value in zip(names, out.values())}
         found.append(Run(told, given, expected))
     return found

@@ -60,7 +60,7 @@ class Sources:
         if self.marks.any():
             for spec, target, source in zip(self.specs, new.buffers, old.buffers):
                 before, width = blocks(spec, self.capacity, source.nbytes // self.slots)
-                pitch = width // self.capacity * capacity
+                pitch = stretched(spec, width, self.capacity, capacity)
                 self.memory.copy_2d(target.pointer, pitch, source.pointer, width, width, self.slots * before)
         self.rows, self.capacity = new, capacity
         return True
@@ -74,7 +74,7 @@ class Sources:
         sizes = [there.nbytes, *(buffer.nbytes for buffer in made)]
         for spec, target, pointer, size in zip(self.specs, self.rows.pointers(row), pointers, sizes, strict=True):
             before, width = blocks(spec, length, size)
-            self.memory.copy_2d(target, width // length * self.capacity, pointer, width, width, before)
+            self.memory.copy_2d(target, stretched(spec, width, length, self.capacity), pointer, width, width, before)
         self._placed += 1
         self.marks[row] = self._placed
 
@@ -105,5 +105,12 @@ def sized(spec: CrossSpec, length: int) -> tuple[int, ...]:
 
 def blocks(spec: CrossSpec, length: int, nbytes: int) -> tuple[int, int]:
     """Of one row of `nbytes`: how many blocks there are of all source positions, and the bytes of each."""
+    if "source" not in spec.shape:
+        return 1, nbytes
     before = math.prod(sized(spec, length)[: spec.shape.index("source")])
     return before, nbytes // before
+
+
+def stretched(spec: CrossSpec, width: int, length: int, capacity: int) -> int:
+    """The bytes of a block of `width`, which holds `length` source positions, where it has room for `capacity`."""
+    return width // length * capacity if "source" in spec.shape else width
