@@ -38,7 +38,11 @@ class DecoderJob:
         expected = []
         for case in cases:
             progress(f"proof: PyTorch, {case.name}")
-            expected.append(reference.expected(case))
+            try:
+                expected.append(reference.expected(case))
+            except (IndexError, RuntimeError):
+                reference.check_takes(captured.max_length)
+                raise
         prompt = greedy_prompt(captured)
         tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - len(prompt)))
         return golden.Golden(cases, expected, prompt, tokens)

@@ -13,12 +13,13 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from tfinfer.errors import CaptureError, InputError, ProofError
+from tfinfer.errors import InputError, ProofError
 from tfinfer.proof.runs import Run, thinned
 
 from ..capture.outputs import tensors_of
 from ..capture.plain import RANGES, InputSpec
 from ..capture.trace import Argument, Kind, inference_mode_of
+from .reference import longest_taken
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
@@ -60,15 +61,7 @@ class EncoderReference:
 
         Raises CaptureError where it takes not even two.
         """
-        low, high = 2, ceiling + 1
-        if self._takes(ceiling):
-            return ceiling
-        if not self._takes(low):
-            raise CaptureError("the module fails on texts of two tokens")
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._takes(middle) else (low, middle)
-        return low
+        return longest_taken(self._takes, ceiling)
 
     def _takes(self, length: int) -> bool:
         ids = torch.arange(2)[:, None].expand(2, length)  # one of the two may be padding, which may count for nothing

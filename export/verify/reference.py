@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from tfinfer.errors import ProofError
+from tfinfer.errors import CaptureError, InputError, ProofError
 from tfinfer.proof.cases import Case, Row
 
 from ..capture.trace import inference_mode_of
@@ -39,6 +39,23 @@ class Reference:
                 out = logits_of(self.module(**{self.source: given, self.target: row}))
         return out.reshape(-1, out.shape[-1]).float()
 
+    def check_takes(self, ceiling: int) -> None:
+        """Raises InputError where the module itself fails at `ceiling` tokens, which its trace allows."""
+
+        def takes(length: int) -> bool:
+            try:
+                for one in (0, 1):  # one of the two may be padding, which may count for nothing
+                    self.logits(np.full(length, one))
+            except (IndexError, RuntimeError):
+                return False
+            return True
+
+        if (longest := longest_taken(takes, ceiling)) < ceiling:
+            raise InputError(
+                f"the module fails beyond {longest} tokens, which does not show before it runs: give --max-length "
+                f"{longest} or less"
+            )
+
     def expected(self, case: Case) -> dict[Row, npt.NDArray[np.float32]]:
         """The logits of every row of a case, (vocab,) each."""
         found: dict[Row, npt.NDArray[np.float32]] = {}
@@ -58,6 +75,22 @@ class Reference:
         for _ in range(count):
             ids = np.append(ids, int(self.logits(ids, source)[-1].argmax()))
         return ids[len(prompt) :]
+
+
+def longest_taken(takes: Callable[[int], bool], ceiling: int) -> int:
+    """The longest sequence of at most `ceiling` tokens that a module takes: some count their positions by the ids.
+
+    Raises CaptureError where it takes not even two.
+    """
+    low, high = 2, ceiling + 1
+    if takes(ceiling):
+        return ceiling
+    if not takes(low):
+        raise CaptureError("the module fails on texts of two tokens")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if takes(middle) else (low, middle)
+    return low
 
 
 def logits_of(output: Any) -> torch.Tensor:
