@@ -1,8 +1,8 @@
 """Beam search on an exported folder: what a step moves in the cache, and how fast it is beside greedy.
 
     tfinfer export tests/zoo/python_writer.py:build --weights tests/zoo/python_writer/model.safetensors \\
-        --tokenizer tests/zoo/python_writer/tokenizer.json -o /tmp/beams/demo
-    python benchmarks/beams.py /tmp/beams/demo --beams 4 --prompt 128 --new 64
+        --tokenizer tests/zoo/python_writer/tokenizer.json -o out/demo
+    python benchmarks/beams.py out/demo --beams 4 --prompt 128 --new 64
 
 The prompt is the beginning of this file. "whole rows" is the same search with every row copied after every step, as
 `index_select` over a whole cache does; "held positions" is what that would move if it left the rows' empty ends out.

@@ -16,7 +16,7 @@ from tfinfer.errors import InputError, NonFiniteLogitsError
 from tfinfer.manifest import Manifest, PoolingSpec
 from tfinfer.model import Array, Model
 from tfinfer.session.encoder import Encoder
-from tfinfer.tokens.batching import batches, pad
+from tfinfer.tokens.batching import BUDGETS, batches, pad
 from tfinfer.tokens.pooling import POOLED, choose, normalized, pool
 from tfinfer.tokens.rows import Row, RowMaker, TruncationWarning, iterable, listed
 
@@ -37,7 +37,7 @@ class _Call:
 
 
 class EncodingModel(Model):
-    """A model that encodes. Texts are sorted by length and run in batches of at most about 8,192 tokens."""
+    """A model that encodes. Texts are sorted by length and run in batches of a budget of tokens."""
 
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         super().__init__(manifest, folder)
@@ -143,7 +143,9 @@ class EncodingModel(Model):
         each = call.pooling.mode == "none"
         found: Any = [None] * len(rows) if each else np.zeros((len(rows), self._width(call.output)), np.float32)
         done, ragged = 0, self.encoder.roles.attention_mask is not None
-        for batch in batches([len(row.ids) for row in rows], call.batch_size, ragged=ragged):
+        for batch in batches(
+            [len(row.ids) for row in rows], call.batch_size, ragged=ragged, budget=BUDGETS[self.device]
+        ):
             for number, vector in zip(batch, self._batch([rows[i] for i in batch], call)):
                 if not np.isfinite(vector).all():
                     advice = ": export it with --dtype fp32" if self.manifest.dtype != "float32" else ""

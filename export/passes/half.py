@@ -45,7 +45,7 @@ class _Conversion:
         self.graph, self.dtype = graph, dtype
         self.types: dict[ir.Value, ir.DataType] = {}
         self.narrow: dict[ir.Value, ir.Value] = {}  # initializers in `dtype`
-        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.casts: dict[tuple[ir.Value, ir.DataType, object], ir.Value] = {}  # by the graph that they stand in
 
     def run(self) -> int:
         outputs = list(self.graph.outputs)
@@ -72,6 +72,8 @@ class _Conversion:
         return value.dtype
 
     def _convert(self, node: ir.Node) -> None:
+        if node.op_type == "If":
+            return self._convert_branches(node)
         floats = [v for v in node.inputs if v is not None and self.types[v] in (ir.DataType.FLOAT, self.dtype)]
         wide = bool(floats) and self._is_wide(node)
         wanted = ir.DataType.FLOAT if wide else self.dtype
@@ -85,6 +87,16 @@ class _Conversion:
             node.attributes["to"] = ir.AttrInt64("to", int(self.dtype))
         for output in node.outputs:
             self.types[output] = self._type_of(node, wanted)
+        return None
+
+    def _convert_branches(self, node: ir.Node) -> None:
+        """Convert what an `If` chooses from: both of its graphs end in values of the same types."""
+        for attribute in node.attributes.values():
+            branch = attribute.as_graph()
+            for inner in list(branch):
+                self._convert(inner)
+            for outer, value in zip(node.outputs, branch.outputs):
+                value.dtype = self.types[outer] = self.types[value]
 
     def _is_wide(self, node: ir.Node) -> bool:
         if node.op_type in NO_BFLOAT16 and self.dtype is ir.DataType.BFLOAT16:
@@ -112,12 +124,14 @@ class _Conversion:
             return value if dtype is ir.DataType.FLOAT else self._narrowed(value)
         if self.types[value] is dtype:
             return value
-        if (value, dtype) not in self.casts:
+        graph = before.graph
+        assert graph is not None
+        if (value, dtype, graph) not in self.casts:
             node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}_as_{dtype.name.lower()}")
-            self.graph.insert_before(before, node)
-            self.casts[value, dtype] = node.outputs[0]
+            graph.insert_before(before, node)
+            self.casts[value, dtype, graph] = node.outputs[0]
             self.types[node.outputs[0]] = dtype
-        return self.casts[value, dtype]
+        return self.casts[value, dtype, graph]
 
     def _narrowed(self, value: ir.Value) -> ir.Value:
         if value not in self.narrow:

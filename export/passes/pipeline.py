@@ -6,11 +6,16 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from . import dead_nodes
+from . import dead_nodes, mask_branch, projection_bias, row_stride
 
 Pass = Callable[[ir.Model], int]
 
-PASSES: dict[str, Pass] = {"dead_nodes": dead_nodes.run}
+PASSES: dict[str, Pass] = {
+    "projection_bias": projection_bias.run,
+    "mask_branch": mask_branch.run,
+    "row_stride": row_stride.run,
+    "dead_nodes": dead_nodes.run,
+}
 
 
 def run(model: ir.Model) -> dict[str, int]:
