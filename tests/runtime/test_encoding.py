@@ -12,6 +12,7 @@ import pytest
 import tfinfer
 from tfinfer.encoding import EncodingModel, TruncationWarning
 from tfinfer.errors import ClosedError, InputError, LengthError
+from tfinfer.tokens.batching import BUDGETS
 
 FOLDER = Path(__file__).parent / "tiny_encoder"
 TEXTS = ["the cat sat on the mat", "dog", "a dog ran after the red cat and the cat ran", "was", "the cat", "b c d e f"]
@@ -98,7 +99,7 @@ def test_batches_keep_rows_and_tokens_and_one_length_has_a_mask_of_ones(encoder,
     assert len(watched) == 1
     assert (watched[0]["attention_mask"] == 1).all()
     watched.clear()
-    monkeypatch.setattr("tfinfer.tokens.batching.batches.__kwdefaults__", {"budget": 16})
+    monkeypatch.setitem(BUDGETS, "cpu", 16)
     encoder.encode(TEXTS)
     assert all(feeds["input_ids"].size <= 16 or len(feeds["input_ids"]) == 1 for feeds in watched)
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from tfinfer.errors import InputError
 
 Ids = npt.NDArray[np.int64]
-# Tokens of one batch, padding counted, which bounds the memory of its activations. On the CPU those of more tokens leave
-# its caches: 256 texts of 8 to 256 tokens took 6.3 s with 8192 and 5.3 s with 1024 (two layers of BERT-base).
+# Tokens of one batch, padding counted, which bounds the memory of its activations. On the CPU those of more tokens
+# leave its caches: 256 texts of 8 to 256 tokens took 6.3 s with 8192 and 5.3 s with 1024 (two layers of BERT-base).
 BUDGETS = {"cpu": 1024, "cuda": 8192}
 
 
