@@ -42,20 +42,26 @@ class Reference:
                 out = logits_of(self.module(**{self.source: given, self.target: row}))
         return out.reshape(-1, out.shape[-1]).float()
 
-    def check_takes(self, ceiling: int) -> None:
-        """Raises InputError where the module itself fails at `ceiling` tokens, which its trace allows."""
+    def check_takes(self, ceiling: int, source_ceiling: int | None = None) -> None:
+        """Raises InputError where the module itself fails at that many tokens, which its trace allows."""
+        short = np.ones(2, np.int64)
+        self._check_one(ceiling, "--max-length", lambda ids: self.logits(ids, short if self.source else None))
+        if source_ceiling is not None:
+            self._check_one(source_ceiling, "--max-source-length", lambda ids: self.logits(short, ids))
 
+    @staticmethod
+    def _check_one(ceiling: int, option: str, run: Callable[[Ids], object]) -> None:
         def takes(length: int) -> bool:
             try:
                 for one in (0, 1):  # one of the two may be padding, which may count for nothing
-                    self.logits(np.full(length, one))
+                    run(np.full(length, one))
             except (IndexError, RuntimeError):
                 return False
             return True
 
         if (longest := longest_taken(takes, ceiling)) < ceiling:
             raise InputError(
-                f"the module fails beyond {longest} tokens, which does not show before it runs: give --max-length "
+                f"the module fails beyond {longest} tokens, which does not show before it runs: give {option} "
                 f"{longest} or less"
             )
 
