@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import tfinfer  # noqa: E402
-from tfinfer.errors import InputError
+from tfinfer.errors import InputError  # noqa: E402
 from tfinfer.export import export_model  # noqa: E402
 from tfinfer.export.sources import load_source  # noqa: E402
 from tfinfer.proof.prove import verify_folder  # noqa: E402
@@ -298,7 +298,7 @@ def test_a_source_longer_than_the_module_takes_is_refused_with_the_length_that_w
             x = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0]
             return self.head(x + torch.nn.functional.scaled_dot_product_attention(x, memory, memory))
 
-    with pytest.raises(InputError, match="fails beyond 40 tokens.*give --max-source-length 40 or less"):
+    with pytest.raises(InputError, match=r"fails beyond 40 tokens.*give --max-source-length 40 or less"):
         export_model(Pair(), tmp_path / "out", start_ids=[1], max_length=50, max_source_length=60)
     assert not (tmp_path / "out").exists()
     export_model(Pair(), tmp_path / "out", start_ids=[1], max_length=50, max_source_length=40)

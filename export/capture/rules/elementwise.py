@@ -43,6 +43,9 @@ def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
         else:
             size = shape[i]
             result.append(() if size == 1 else (Atom(size=size),) if isinstance(size, int) else _unmatched(node, i))
+    along = [atom for axis in result for atom in axis if atom.role]
+    if len(set(along)) < len(along):
+        raise refuse(node, "each new position meets each other one", "keep a running sum, or attend to the keys")
     return tuple(result)
 
 

@@ -7,6 +7,7 @@ the calls before; a module that is causal cuts it back to the sequence's own len
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Axis, Role, has
+from ..axes import Atom, Axes, Axis, Role, flat, has
 from ..emitter import DTYPES
 from ..follow import STRETCHABLE, Follower, followed, rule
 from ..tensor import Tensor, laid_out, refined, size_vector
@@ -82,6 +83,21 @@ def _without(f: Follower, x: Tensor, dim: int, first: int, last: int) -> Tensor:
     ends = f.emit.constant([-last if last else np.iinfo(np.int64).max])
     value = f.emit.op("Slice", laid_out(f.emit, x, lies), f.emit.constant([first]), ends, f.emit.constant([-1]))
     return Tensor(value, lies, x.axes, x.dtype)
+
+
+def newest(f: Follower, x: Tensor, dim: int) -> Tensor:
+    """The new positions alone, without those before them."""
+    made = x.value.producer()
+    atom = x.axes[dim][0]
+    if made is not None and made.op_type == "Concat" and atom.before and flat(x.base)[-1] is atom:
+        value = made.inputs[-1]  # what `_continued` put a state in front of
+        assert value is not None
+        x = replace(x, value=value)
+    elif atom.before:
+        x = _without(f, x, dim, atom.before, 0)
+    new = Atom(f.role)
+    base, axes = (tuple(tuple(new if a is atom else a for a in axis) for axis in side) for side in (x.base, x.axes))
+    return Tensor(x.value, base, axes, x.dtype)
 
 
 def _positions_last(x: Tensor, dim: int) -> Axes:
