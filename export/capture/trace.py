@@ -10,6 +10,7 @@ import contextlib
 import enum
 import io
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from torch.export import Dim
 from torch.nn.modules import transformer
 
 from tfinfer.errors import CaptureError
+
+from .recurrent import operators_for_recurrent_layers
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
@@ -222,10 +225,11 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     if len(arguments) > 1:
         called, dynamic = _Together(module, arguments), (dynamic,)
     try:
-        # torch prints whole graphs beside some of its errors; the error says what is needed of them.
-        with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with inference_mode_of(module), operators_for_recurrent_layers(), _quiet():
             program = torch.export.export(called, samples, dynamic_shapes=dynamic)
             program = program.run_decompositions({})  # functional: no in-place operation survives
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
     graph_module = program.module()
@@ -239,6 +243,14 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
         if upper.is_Integer:
             limits[symbol] = int(upper)
     return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what torch prints and warns of: whole graphs beside some of its errors, which say what is needed."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _Together(nn.Module):

@@ -195,3 +195,50 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
     "before attention": ConvolvedAttention,
     "over a plane": OverAPlane,
 }
+
+
+class Recurrent(Language):
+    """A recurrent layer of torch's own: `kind` is LSTM, GRU or RNN."""
+
+    def __init__(self, kind: str, **options: bool | int | str) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(HIDDEN, HIDDEN, **options)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.layer.batch_first else x.transpose(0, 1)
+        y, _ = self.layer(x)
+        return y if self.layer.batch_first else y.transpose(0, 1)
+
+
+class GivenState(Language):
+    """The first hidden values are learned; the last ones go out beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(HIDDEN, HIDDEN, 2, batch_first=True)
+        self.first = nn.Parameter(torch.randn(2, 2, HIDDEN))
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        h, c = self.first[:, :, None].expand(-1, -1, ids.shape[0], -1)
+        y, last = self.layer(self.words(ids), (h.contiguous(), c.contiguous()))
+        return self.head(self.norm(y)), last
+
+
+class RecurrentAttention(Recurrent):
+    """Attention over what a recurrent layer makes."""
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().mix(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, y, y, is_causal=True).transpose(1, 2).flatten(2)
+
+
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: Recurrent("LSTM", batch_first=True),
+    "three layers of lstm": lambda: Recurrent("LSTM", num_layers=3, dropout=0.1),
+    "gru": lambda: Recurrent("GRU", num_layers=2, batch_first=True),
+    "gru without bias": lambda: Recurrent("GRU", bias=False),
+    "rnn": lambda: Recurrent("RNN", batch_first=True),
+    "rnn with relu": lambda: Recurrent("RNN", nonlinearity="relu"),
+    "given state": GivenState,
+    "and attention": lambda: RecurrentAttention("GRU", batch_first=True),
+}
