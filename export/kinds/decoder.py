@@ -34,7 +34,7 @@ class DecoderJob:
 
     def expect(self, progress: Progress) -> golden.Golden:
         captured, reference = self.captured, Reference(self.module, self.captured.all_rows)
-        cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states)
+        cases = grid(captured.vocab_size, captured.max_length, keeps=bool(captured.states))
         expected = []
         for case in cases:
             progress(f"proof: PyTorch, {case.name}")

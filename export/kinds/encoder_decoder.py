@@ -61,7 +61,7 @@ class PairJob:
         source_name, target_name = (argument.name for argument in self.form.arguments)
         reference = Reference(self.form.module, captured.all_rows, target_name, source_name)
         sources = Sources(pair.source_vocab_size, pair.max_source_length)
-        cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states, sources=sources)
+        cases = grid(captured.vocab_size, captured.max_length, keeps=bool(captured.states), sources=sources)
         expected = []
         for case in cases:
             progress(f"proof: PyTorch, {case.name}")
