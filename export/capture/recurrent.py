@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from tfinfer.errors import CaptureError
 
@@ -25,10 +26,12 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @contextmanager
 def operators_for_recurrent_layers() -> Iterator[None]:
-    """While tracing, recurrent layers call `_recurrent`, and packing is refused."""
+    """While tracing, recurrent layers call `_recurrent`, cells are what they are made of, and packing is refused."""
     with ExitStack() as stack:
         for function in LAYERS:
             stack.enter_context(mock.patch.object(torch._VF, function, partial(_recurrent, *LAYERS[function])))
+        for cell in (gru_cell, lstm_cell, rnn_tanh_cell, rnn_relu_cell):
+            stack.enter_context(mock.patch.object(torch._VF, cell.__name__, cell))
         stack.enter_context(mock.patch.object(torch._VF, "_pack_padded_sequence", _refuse_packed))
         yield
 
@@ -85,3 +88,40 @@ def _gates(kind: str, part: torch.Tensor) -> torch.Tensor:
     """A weight or bias (gates * hidden, ...) with its gates in ONNX's order."""
     size = part.shape[0] // len(GATES[kind])  # slices, because a constant Split is not folded
     return torch.cat([part[i * size : (i + 1) * size] for i in GATES[kind]])
+
+
+# -- cells ----------------------------------------------------------------------------------------------------------
+Weight: TypeAlias = torch.Tensor
+Bias: TypeAlias = torch.Tensor | None
+
+
+def gru_cell(
+    x: torch.Tensor, h: torch.Tensor, w_x: Weight, w_h: Weight, b_x: Bias = None, b_h: Bias = None
+) -> torch.Tensor:
+    """One step of nn.GRUCell, as its page has it: reset, update and new gates."""
+    (r_x, z_x, n_x), (r_h, z_h, n_h) = F.linear(x, w_x, b_x).chunk(3, -1), F.linear(h, w_h, b_h).chunk(3, -1)
+    update = (z_x + z_h).sigmoid()
+    new = (n_x + (r_x + r_h).sigmoid() * n_h).tanh()
+    return (1 - update) * new + update * h
+
+
+def lstm_cell(
+    x: torch.Tensor, state: Any, w_x: Weight, w_h: Weight, b_x: Bias = None, b_h: Bias = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of nn.LSTMCell, as its page has it: input, forget, cell and output gates."""
+    h, c = state
+    into, forget, new, out = (F.linear(x, w_x, b_x) + F.linear(h, w_h, b_h)).chunk(4, -1)
+    c = forget.sigmoid() * c + into.sigmoid() * new.tanh()
+    return out.sigmoid() * c.tanh(), c
+
+
+def rnn_tanh_cell(
+    x: torch.Tensor, h: torch.Tensor, w_x: Weight, w_h: Weight, b_x: Bias = None, b_h: Bias = None
+) -> torch.Tensor:
+    return (F.linear(x, w_x, b_x) + F.linear(h, w_h, b_h)).tanh()
+
+
+def rnn_relu_cell(
+    x: torch.Tensor, h: torch.Tensor, w_x: Weight, w_h: Weight, b_x: Bias = None, b_h: Bias = None
+) -> torch.Tensor:
+    return (F.linear(x, w_x, b_x) + F.linear(h, w_h, b_h)).relu()

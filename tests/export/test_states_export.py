@@ -49,3 +49,8 @@ def test_a_causal_convolution(name, tmp_path):
 @pytest.mark.parametrize("name", states.RECURRENT)
 def test_a_recurrent_layer(name, tmp_path):
     check(states.RECURRENT[name](), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", states.LOOPS)
+def test_a_loop_over_positions(name, tmp_path):
+    check(states.LOOPS[name](), tmp_path / "out")

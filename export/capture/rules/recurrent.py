@@ -14,6 +14,7 @@ from ..emitter import DTYPES
 from ..follow import Follower, rule
 from ..tensor import Tensor, laid_out
 from ..trace import refuse
+from .loops import loop
 from .shifts import begun
 
 MADE = torch.ops.onnx_symbolic._symbolic_multi_out.default  # what `capture/recurrent.py` leaves in a trace
@@ -25,8 +26,10 @@ def recurrent(f: Follower, node: fx.Node, operands: list[Any], kind: str, *args:
 
     Returns all hidden values, (positions, 1, batch, hidden), and the last, (1, batch, hidden) each.
     """
-    x, w, r, bias, _, *initial = operands
     attributes = _attributes(kwargs)
+    if kind == "Positions":
+        return loop(f, node, operands, int(attributes["number"]))
+    x, w, r, bias, _, *initial = operands
     if not isinstance(x, Tensor) or not all(f.is_constant(o) for o in (w, r, *([bias] if bias else []), *initial)):
         raise refuse(node, "its weights or first hidden values depend on the ids")
     roles = [[a.role for a in axis] for axis in x.axes]
