@@ -10,6 +10,7 @@ import contextlib
 import enum
 import io
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -24,11 +25,14 @@ from torch.nn.modules import transformer
 
 from tfinfer.errors import CaptureError
 
+from .recurrent import operators_for_recurrent_layers
+
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
 
 # Sizes above 1 and different from each other: torch.export pins sizes 0 and 1, and equal sizes look related.
 TRACED_BATCH, TRACED_SEQ, TRACED_SOURCE = 2, 11, 13
+PINNED = "specialized it to be a constant"  # in what torch.export says of an axis that a module needs as a number
 CHECKS = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -93,6 +97,7 @@ class Trace:
     data: set[fx.Node] = field(default_factory=set)
     target: set[fx.Node] = field(default_factory=set)
     masks: set[fx.Node] = field(default_factory=set)
+    loops: list[Any] = field(default_factory=list)  # `reroll.Rolled`, in the order of their numbers
 
     def __post_init__(self) -> None:
         for node, argument in self.inputs.items():
@@ -221,13 +226,16 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     called = module
     if len(arguments) > 1:
         called, dynamic = _Together(module, arguments), (dynamic,)
+    loops: list[Any] = []
     try:
-        # torch prints whole graphs beside some of its errors; the error says what is needed of them.
-        with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            program = torch.export.export(called, samples, dynamic_shapes=dynamic)
-            program = program.run_decompositions({})  # functional: no in-place operation survives
+        with inference_mode_of(module):
+            program = _exported(called, samples, dynamic)
+    except CaptureError:
+        raise
     except Exception as error:
-        raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
+        if len(arguments) > 1 or arguments[0].source or PINNED not in str(error):
+            raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
+        program, loops = _rerolled(module, arguments[0], error)
     graph_module = program.module()
     nodes = list(graph_module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
@@ -238,7 +246,45 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
         upper = program.range_constraints[symbol].upper
         if upper.is_Integer:
             limits[symbol] = int(upper)
-    return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits)
+    return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits, loops=loops)
+
+
+def _exported(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any) -> torch.export.ExportedProgram:
+    with operators_for_recurrent_layers(), _quiet():
+        program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+        return program.run_decompositions({})  # functional: no in-place operation survives
+
+
+def _rerolled(module: nn.Module, ids: Argument, error: Exception) -> tuple[torch.export.ExportedProgram, list[Any]]:
+    """Another try for a module that needs the number of positions as a number: it may loop over them."""
+    from .reroll import reroll  # it is made of traces itself
+    from .unrolled import NotALoop
+
+    def export(length: int) -> torch.export.ExportedProgram:
+        return _exported(module, (ids.sample(TRACED_BATCH, length),), ({0: Dim.DYNAMIC},))
+
+    try:
+        with inference_mode_of(module):
+            rolled, loops = reroll(export)
+            sample = (ids.sample(TRACED_BATCH, TRACED_SEQ),)
+            return _exported(rolled, sample, ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)), loops
+    except NotALoop as why:
+        raise CaptureError(
+            f"the module needs the number of positions as a number, and {why}: a loop over positions, each step of "
+            f"which does the same with its own position and what the step before left, would work; {explain(error)}"
+        ) from error
+    except CaptureError:
+        raise
+    except Exception as other:
+        raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from other
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what torch prints and warns of: whole graphs beside some of its errors, which say what is needed."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _Together(nn.Module):

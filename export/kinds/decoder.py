@@ -51,7 +51,7 @@ def expect(
     reference: Reference, captured: Captured, progress: Progress, sources: Sources | None = None
 ) -> golden.Golden:
     """What a module that generates computes for the cases of its proof; `sources`: those of an encoder-decoder."""
-    cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states, sources=sources)
+    cases = grid(captured.vocab_size, captured.max_length, keeps=bool(captured.states), sources=sources)
     expected = []
     for case in cases:
         progress(f"proof: PyTorch, {case.name}")

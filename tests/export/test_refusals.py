@@ -100,6 +100,24 @@ class Convolves(Small):
         return self.causal(x) + self.convolution(x.transpose(1, 2)).transpose(1, 2)
 
 
+class BothDirections(Small):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(16, 8, batch_first=True, bidirectional=True)
+
+    def block(self, x):
+        return self.causal(x) + self.layer(x)[0]
+
+
+class HiddenFromIds(Small):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(16, 16, batch_first=True)
+
+    def block(self, x):
+        return self.causal(x) + self.layer(x, x[:, -1:].transpose(0, 1))[0]
+
+
 class NormalisesOverTime(Small):
     def block(self, x):
         return self.causal(x.softmax(1))
@@ -175,6 +193,8 @@ REFUSED = [
     (AttendsToShifted, "scaled_dot_product_attention", "positions to which some were added"),
     (MeetsAnotherShift, "add", "others that were cut off elsewhere"),
     (Convolves, "conv1d", "reads 1 positions ahead"),
+    (BothDirections, "_symbolic_multi_out", "reads the sequence from its end"),
+    (HiddenFromIds, "_symbolic_multi_out", "first hidden values depend on the ids"),
     (Strides, "conv1d", "stride of 2"),
     (Chunks, "pad", "cuts the sequence in chunks"),
     (NormalisesOverTime, "softmax", "mixes positions"),

@@ -19,7 +19,9 @@ def check(module, folder, count=None):
         for prompt in ([3], [5, 1, 2, 8, 20, 4, 4]):
             ids = torch.tensor([prompt])
             for _ in range(64):
-                ids = torch.cat([ids, module(ids)[:, -1:].argmax(-1)], 1)
+                out = module(ids)
+                logits = out[0] if isinstance(out, tuple) else out
+                ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
             assert list(model.generate(prompt, max_tokens=64).token_ids) == ids[0, len(prompt) :].tolist()
         prompts = [[2], [9, 8, 7, 6, 5, 4, 3, 2, 1], [1, 2, 3]]
         alone = [model.generate(p, max_tokens=12).token_ids for p in prompts]
@@ -42,3 +44,13 @@ def test_a_shift_by_a_few_positions(name, tmp_path):
 @pytest.mark.parametrize("name", states.CONVOLUTIONS)
 def test_a_causal_convolution(name, tmp_path):
     check(states.CONVOLUTIONS[name](), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", states.RECURRENT)
+def test_a_recurrent_layer(name, tmp_path):
+    check(states.RECURRENT[name](), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", states.LOOPS)
+def test_a_loop_over_positions(name, tmp_path):
+    check(states.LOOPS[name](), tmp_path / "out")

@@ -195,3 +195,192 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
     "before attention": ConvolvedAttention,
     "over a plane": OverAPlane,
 }
+
+
+class Recurrent(Language):
+    """A recurrent layer of torch's own: `kind` is LSTM, GRU or RNN."""
+
+    def __init__(self, kind: str, **options: bool | int | str) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(HIDDEN, HIDDEN, **options)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.layer.batch_first else x.transpose(0, 1)
+        y, _ = self.layer(x)
+        return y if self.layer.batch_first else y.transpose(0, 1)
+
+
+class GivenState(Language):
+    """The first hidden values are learned; the last ones go out beside the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(HIDDEN, HIDDEN, 2, batch_first=True)
+        self.first = nn.Parameter(torch.randn(2, 2, HIDDEN))
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        h, c = self.first[:, :, None].expand(-1, -1, ids.shape[0], -1)
+        y, last = self.layer(self.words(ids), (h.contiguous(), c.contiguous()))
+        return self.head(self.norm(y)), last
+
+
+class RecurrentAttention(Recurrent):
+    """Attention over what a recurrent layer makes."""
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().mix(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        return F.scaled_dot_product_attention(y, y, y, is_causal=True).transpose(1, 2).flatten(2)
+
+
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: Recurrent("LSTM", batch_first=True),
+    "three layers of lstm": lambda: Recurrent("LSTM", num_layers=3, dropout=0.1),
+    "gru": lambda: Recurrent("GRU", num_layers=2, batch_first=True),
+    "gru without bias": lambda: Recurrent("GRU", bias=False),
+    "rnn": lambda: Recurrent("RNN", batch_first=True),
+    "rnn with relu": lambda: Recurrent("RNN", nonlinearity="relu"),
+    "given state": GivenState,
+    "and attention": lambda: RecurrentAttention("GRU", batch_first=True),
+}
+
+
+class Looped(Language):
+    """A recurrence h_t = a_t h_{t-1} + b_t written as a loop; `step` says how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(HIDDEN, 2 * HIDDEN)
+
+    def gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = self.into(x).chunk(2, -1)
+        return a.sigmoid(), b
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.gates(x)
+        h, ys = torch.zeros(x.shape[0], HIDDEN), []
+        for t in range(x.shape[1]):
+            h = a[:, t] * h + b[:, t]
+            ys.append(h)
+        return torch.stack(ys, 1)
+
+
+class Assigning(Looped):
+    """The same, written into a tensor made before."""
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.gates(x)
+        h, y = torch.zeros_like(x[:, 0]), torch.zeros_like(x)
+        for t in range(x.shape[1]):
+            h = a[:, t] * h + b[:, t]
+            y[:, t] = h.tanh()
+        return y
+
+
+class Unbound(Looped):
+    """The same over unbound positions, joined by cat; what the state was before goes out, so the last step is dead."""
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.gates(x)
+        h, ys = x.new_full((x.shape[0], 1, HIDDEN), 0.25), []
+        for a_t, b_t in zip(a.split(1, 1), b.split(1, 1)):
+            ys.append(b_t - h)
+            h = a_t * h + b_t
+        return torch.cat(ys, dim=1)
+
+
+class Cell(Looped):
+    """A cell of torch's own, called for each position."""
+
+    def __init__(self, kind: str = "GRUCell", **options: str) -> None:
+        super().__init__()
+        self.cell = getattr(nn, kind)(HIDDEN, HIDDEN, **options)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        h, ys = torch.zeros(x.shape[0], HIDDEN), []
+        for x_t in x.unbind(1):
+            h = self.cell(x_t, h)
+            ys.append(h)
+        return torch.stack(ys, dim=1)
+
+
+class LongCell(Cell):
+    """The cell that has two values."""
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        h = c = x.new_zeros(x.shape[0], HIDDEN)
+        y = torch.empty_like(x)
+        for t in range(x.size(1)):
+            h, c = self.cell(x[:, t], (h, c))
+            y[:, t] = h
+        return y
+
+
+class SelectiveScan(Language):
+    """A minimal Mamba block: causal convolution, input-dependent steps, a state for each channel."""
+
+    def __init__(self, width: int = 24, size: int = 4) -> None:
+        super().__init__()
+        self.width, self.size = width, size
+        self.into, self.out = nn.Linear(HIDDEN, 2 * width), nn.Linear(width, HIDDEN)
+        self.convolution = nn.Conv1d(width, width, 4, padding=3, groups=width)
+        self.select, self.step = nn.Linear(width, 2 * size), nn.Linear(width, width)
+        self.rates = nn.Parameter(torch.log(torch.arange(1, size + 1).float()).repeat(width, 1))
+        self.skip = nn.Parameter(torch.ones(width))
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        x, gate = self.into(x).chunk(2, dim=-1)
+        x = F.silu(self.convolution(x.transpose(1, 2))[..., :length].transpose(1, 2))
+        B, C = self.select(x).chunk(2, dim=-1)
+        delta = F.softplus(self.step(x))  # (batch, length, width)
+        A = torch.exp(delta[..., None] * -torch.exp(self.rates))  # (batch, length, width, size)
+        Bx = delta[..., None] * B[:, :, None] * x[..., None]
+        h, ys = torch.zeros(batch, self.width, self.size, device=x.device), []
+        for t in range(length):
+            h = A[:, t] * h + Bx[:, t]
+            ys.append(torch.einsum("bws,bs->bw", h, C[:, t]))
+        y = torch.stack(ys, dim=1) + x * self.skip
+        return self.out(y * F.silu(gate))
+
+
+class LinearAttention(Language):
+    """The recurrence of linear attention with decay, over heads; two sums that start otherwise than with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.decay = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Parameter(torch.rand(2, 1, 1))
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (6, 8)).transpose(1, 2).split(2, 1)  # (batch, heads, seq, dim)
+        k, q = F.elu(k) + 1, F.elu(q) + 1
+        state, norm, ys = x.new_zeros(x.shape[0], 2, 8, 8), x.new_ones(x.shape[0], 2, 8), []
+        for t in range(x.shape[1]):
+            state = self.decay * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            norm = norm + k[:, :, t]
+            y = (q[:, :, t, None] @ state).squeeze(2) / (q[:, :, t] * norm).sum(-1, keepdim=True)
+            ys.append(y)
+        return torch.stack(ys, 2).transpose(1, 2).flatten(2)
+
+
+class TwoLoops(Language):
+    """Two layers that each loop, the second over what the first made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Looped(), Cell()
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second.mix(x + self.first.mix(x))
+
+
+LOOPS: dict[str, Callable[[], nn.Module]] = {
+    "stacked": Looped,
+    "assigned": Assigning,
+    "split and joined": Unbound,
+    "a cell": Cell,
+    "a plain cell": lambda: Cell("RNNCell", nonlinearity="relu"),
+    "a cell of two values": lambda: LongCell("LSTMCell"),
+    "selective scan": SelectiveScan,
+    "linear attention": LinearAttention,
+    "two loops": TwoLoops,
+}

@@ -1,6 +1,6 @@
 """The allow-list: what each operation does to the axes, and how it is written in ONNX. One small file per group."""
 
-from . import complex, convolutions, elementwise, indexing, linear, reductions, running, sdpa, shifts, views
+from . import complex, convolutions, elementwise, indexing, linear, recurrent, reductions, running, sdpa, shifts, views
 
 __all__ = [
     "complex",
@@ -8,6 +8,7 @@ __all__ = [
     "elementwise",
     "indexing",
     "linear",
+    "recurrent",
     "reductions",
     "running",
     "sdpa",

@@ -147,7 +147,7 @@ def _pieces(f: Follower, node: fx.Node, x: Tensor, sizes: list[int], dim: int) -
     return [from_working(p, (*axes[:dim], fixed(n), *axes[dim + 1 :]), order, x.dtype) for p, n in zip(parts, sizes)]
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_chunk.default, aten.unbind.int)
 def split(f: Follower, node: fx.Node, x: Tensor, *args: Any) -> list[Tensor]:
     dim = args[-1] if len(args) == (1 if node.target is aten.unbind.int else 2) else 0
     parts = node.meta["val"]
