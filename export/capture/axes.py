@@ -1,8 +1,8 @@
 """What the axes of a tensor are made of, so that views, transposes and repeats cost nothing until someone computes.
 
-An axis is a row of *atoms*: the batch, new positions (QUERY), all positions (KEY), an encoder's positions (SOURCE), a
-fixed size, or a repeat. An axis of size 1 has none. `view`, `transpose`, `expand` only regroup atoms; see `tensor.py`
-for how that becomes ONNX.
+An axis is a row of *atoms*: the batch, new positions (QUERY), all positions (KEY), an encoder's positions (SOURCE),
+entries that data picked out of another axis (PICKED), a fixed size, or a repeat. An axis of size 1 has none. `view`,
+`transpose`, `expand` only regroup atoms; see `tensor.py` for how that becomes ONNX.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Role(enum.Enum):
     QUERY = "query"  # the new positions
     KEY = "key"  # all positions, past and new
     SOURCE = "source"  # the positions of an encoder, which are all there at once
+    PICKED = "picked"  # those entries of another axis, in any order, that data picked: as many as `size` says
 
 
 @dataclass(eq=False, frozen=True)
@@ -30,7 +31,7 @@ class Atom:
     """One indivisible part of an axis; told apart by identity, so that a transpose and its inverse cancel."""
 
     role: Role | None = None
-    size: int = 0  # of a fixed atom
+    size: Any = 0  # of a fixed atom; of picked entries the symbol of their number
     repeat: bool = False  # the same values `size` times
 
     def __repr__(self) -> str:
@@ -70,6 +71,11 @@ def same(left: Axis, right: Axis) -> bool:
     return len(left) == len(right) and all(a.matches(b) for a, b in zip(left, right))
 
 
+def renewed(axes: Axes) -> Axes:
+    """Axes of new atoms, so that they may stand beside the old ones in one tensor."""
+    return tuple(tuple(Atom(atom.role, atom.size, atom.repeat) for atom in axis) for axis in axes)
+
+
 def substitute(axes: Axes, old: Atom, new: Sequence[Atom]) -> Axes:
     return tuple(tuple(part for atom in axis for part in (new if atom is old else (atom,))) for axis in axes)
 
@@ -88,7 +94,7 @@ class Symbols:
     key: Any = None  # where the keys are not those of the queries' own sequence
 
     def size(self, atom: Atom) -> Any:
-        if atom.role is None:
+        if atom.role in (None, Role.PICKED):
             return atom.size
         sizes = {Role.BATCH: self.batch, Role.SOURCE: self.source, Role.KEY: self.key or self.seq}
         return sizes.get(atom.role, self.seq)
