@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import io
+import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -23,6 +24,8 @@ from torch.export import Dim
 from torch.nn.modules import transformer
 
 from tfinfer.errors import CaptureError
+
+from .choices import ASKED_OF_VALUES, AllExperts
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
@@ -45,6 +48,12 @@ UNTAGGED = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.__xor__.Tensor,
 }  # fmt: skip
+
+
+INSTEAD = (
+    "what runs, and how large it is, must not depend on the values of the ids: compute both ways and choose by "
+    "torch.where, or pick tokens by torch.where(mask) and put them back by index_add"
+)
 
 
 class Kind(enum.Enum):
@@ -224,11 +233,14 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     try:
         # torch prints whole graphs beside some of its errors; the error says what is needed of them.
         with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            program = torch.export.export(called, samples, dynamic_shapes=dynamic)
-            program = program.run_decompositions({})  # functional: no in-place operation survives
+            program = _exported(called, samples, dynamic)
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
     graph_module = program.module()
+    for node in reversed(graph_module.graph.nodes):  # what was answered in a module's stead need not hold
+        if node.target is aten._assert_scalar.default:
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
     nodes = list(graph_module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, arguments))
@@ -239,6 +251,21 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
         if upper.is_Integer:
             limits[symbol] = int(upper)
     return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits)
+
+
+def _exported(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any) -> torch.export.ExportedProgram:
+    """The functional program of a module; no in-place operation survives."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every size that data decides
+    try:
+        program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+    except ASKED_OF_VALUES:
+        with AllExperts():
+            program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+    finally:
+        log.setLevel(level)
+    return program.run_decompositions({})
 
 
 class _Together(nn.Module):
@@ -279,4 +306,5 @@ def explain(error: Exception) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     source = [line for line in lines if line.startswith("File ") and TORCH not in line]
     kept = [*lines[:2], *source[-1:]]
-    return f"{type(error).__name__}: {' '.join(kept)}"[:600]
+    advice = f"; {INSTEAD}" if isinstance(error, ASKED_OF_VALUES) else ""
+    return f"{type(error).__name__}: {' '.join(kept)}"[:600] + advice

@@ -262,7 +262,15 @@ def index_put(f: Follower, node: fx.Node, x: Any, indices: list[Any], values: An
     shape = f.trace.shape(node)
     roles = x.axes if isinstance(x, Tensor) else [None] * len(shape)
     pick = _read(f, node, shape, roles, indices)
-    return _put(f, node, x, pick, values, "add" if accumulate else "none")
+    if isinstance(values, fx.Node) and len(pick.indices) == 1:  # inverse[order] = arange(n)
+        axis = pick.indices[0].axes[0]
+        if _counts_all(f, values, f.symbols.product(axis)):
+            values = _as_data(f, node, values, f.symbols.product(axis), axis)
+    result = _put(f, node, x, pick, values, "add" if accumulate else "none")
+    written = f.symbols.product(pick.indices[0].axes[0]) if len(pick.indices) == 1 else None
+    if isinstance(values, Tensor) and values.value in f.indexes and shape == [written]:  # every entry is written once
+        f.indexes[result.value] = f.indexes[values.value]
+    return result
 
 
 @rule(aten.index_add.default, aten.index_copy.default)
