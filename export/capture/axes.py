@@ -1,7 +1,8 @@
 """What the axes of a tensor are made of, so that views, transposes and repeats cost nothing until someone computes.
 
 An axis is a row of *atoms*: the batch, new positions (QUERY), all positions (KEY), an encoder's positions (SOURCE), the
-new positions and a few before them (STRETCH), a fixed size, or a repeat. An axis of size 1 has none. `view`,
+new positions and a few before them (STRETCH), entries that data picked out of another axis (PICKED), a fixed size, or a
+repeat. An axis of size 1 has none. `view`,
 `transpose`, `expand` only regroup atoms; see `tensor.py` for how that becomes ONNX.
 """
 
@@ -24,6 +25,7 @@ class Role(enum.Enum):
     KEY = "key"  # all positions, past and new
     SOURCE = "source"  # the positions of an encoder, which are all there at once
     STRETCH = "stretch"  # the positions of QUERY and those `before`; the module sees `after` more of them, or fewer
+    PICKED = "picked"  # those entries of another axis, in any order, that data picked: as many as `size` says
 
 
 @dataclass(eq=False, frozen=True)
@@ -31,7 +33,7 @@ class Atom:
     """One indivisible part of an axis; told apart by identity, so that a transpose and its inverse cancel."""
 
     role: Role | None = None
-    size: int = 0  # of a fixed atom
+    size: Any = 0  # of a fixed atom; of picked entries the symbol of their number
     repeat: bool = False  # the same values `size` times
     before: int = 0  # of STRETCH: the value has so many positions more than the new ones, all in front
     after: int = 0  # of STRETCH: the module has so many behind the last one, which the value has not
@@ -78,6 +80,11 @@ def same(left: Axis, right: Axis) -> bool:
     return len(left) == len(right) and all(a.matches(b) for a, b in zip(left, right))
 
 
+def renewed(axes: Axes) -> Axes:
+    """Axes of new atoms, so that they may stand beside the old ones in one tensor."""
+    return tuple(tuple(Atom(atom.role, atom.size, atom.repeat) for atom in axis) for axis in axes)
+
+
 def substitute(axes: Axes, old: Atom, new: Sequence[Atom]) -> Axes:
     return tuple(tuple(part for atom in axis for part in (new if atom is old else (atom,))) for axis in axes)
 
@@ -96,7 +103,7 @@ class Symbols:
     key: Any = None  # where the keys are not those of the queries' own sequence
 
     def size(self, atom: Atom) -> Any:
-        if atom.role is None:
+        if atom.role in (None, Role.PICKED):
             return atom.size
         if atom.role is Role.STRETCH:
             return self.seq + atom.before + atom.after

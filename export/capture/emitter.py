@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from .axes import Role
+from .axes import Atom, Role
 
 CONTRIB = "com.microsoft"
 SHARED = "shared"  # in an initializer's meta: equal in two graphs of a folder for equal contents
@@ -87,6 +87,7 @@ class Emitter:
         self._constants: dict[Any, ir.Value] = {}
         self._counts: dict[str, int] = {}
         self._carried: dict[ir.Value, ir.Value] = {}
+        self._picked: dict[Any, ir.Value] = {}
         self.needs_opset_24 = False
 
     # -- inputs and constants -----------------------------------------------------------------------------------
@@ -199,6 +200,19 @@ class Emitter:
         """(1,) int64: the batch size, or the number of positions of a role."""
         name, axis = self.interface.sizes[role]
         return self.op("Shape", self.given(name), start=axis, end=axis + 1)
+
+    def size_of(self, atom: Atom) -> ir.Value:
+        """(1,) int64: the size of an atom."""
+        if atom.role is None:
+            return self.constant([atom.size], np.int64)
+        if atom.role is Role.STRETCH:
+            seq = self.size(Role.QUERY if Role.QUERY in self.interface.sizes else Role.KEY)
+            return self.op("Add", seq, self.constant([atom.before]))
+        return self._picked[atom.size] if atom.role is Role.PICKED else self.size(atom.role)
+
+    def count_picked(self, size: Any, indices: ir.Value) -> None:
+        """Remember that as many entries as `indices` has rows are what the symbol `size` stands for."""
+        self._picked.setdefault(size, self.op("Shape", indices, start=0, end=1))
 
     def seqlens_k(self) -> ir.Value:
         """(batch,) int32: the index of each row's last valid position, as GroupQueryAttention wants it."""

@@ -18,6 +18,7 @@ from torch import fx
 from . import tables
 from .axes import Atom, Axes, Axis, Role, Symbols, axis_of, flat, position
 from .emitter import DTYPES, Emitter
+from .filled import fill_value
 from .place import Placed, gather_by_distance, gather_rows, gather_square, slice_positions
 from .positional import Positional
 from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
@@ -112,6 +113,8 @@ class Follower:
         self.patterns: dict[Any, Any] = {}
         self.attention: list[AttentionReport] = []
         self.by_key = False  # whether anything depends on where in the cache a key stands
+        self.indexes: dict[ir.Value, Axis] = {}  # of which axis the numbers in a value are the indices
+        self.columns: dict[ir.Value, Axes] = {}  # the same of each column of a value of several
         self._sides = {"key": 0, "value": 0}
         self._derived: dict[Any, fx.Node] = {}
 
@@ -223,7 +226,8 @@ class Follower:
     def is_constant(self, node: Any) -> bool:
         if not isinstance(node, fx.Node) or node in self.trace.data or node in self.trace.masks:
             return False
-        return not self.trace.lengths_in(self.trace.shape(node))
+        symbols = {symbol for size in self.trace.shape(node) for symbol in getattr(size, "free_symbols", ())}
+        return symbols <= {self.trace.batch}
 
     def size(self, axis: Axis) -> int:
         """The size of an axis without positions or rows."""
@@ -246,7 +250,9 @@ class Follower:
         missing = len(axes) - len(shape)
         along = [i + missing for i, size in enumerate(shape) if size in (self.trace.seq, self.trace.source)]
         along = [i for i in along if axes[i]]
-        if len(self.trace.lengths_in(shape)) != len(along):
+        if len(self.trace.lengths_in(shape)) != len(along) or not self._has_known_sizes(shape):
+            if (number := fill_value(self.trace, operand)) is not None:
+                return self.emit.constant(torch.tensor(number, dtype=dtype).numpy())
             raise refuse(operand, f"its shape {shape} cuts the sequence in pieces")
         roles = [position(axes[i]) for i in along]
         if Role.SOURCE in roles and len(set(roles)) > 1:  # between two sequences
@@ -265,6 +271,11 @@ class Follower:
             why = f"a table of {size.args[0] / 2**20:.0f} MiB would be needed"
             raise refuse(operand, why, "give a smaller --max-length") from None
         return placed.arranged(self.emit, order, axis_of(axes, Role.BATCH))
+
+    def _has_known_sizes(self, shape: Sequence[Any]) -> bool:
+        """Whether no size of a shape is the number of entries that data picked."""
+        known = {self.trace.batch, self.trace.seq, self.trace.source}
+        return {symbol for size in shape for symbol in getattr(size, "free_symbols", ())} <= known
 
     def _flat(self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node) -> ir.Value:
         """A table between source and target positions that holds one value for all of them, as an empty bias does."""

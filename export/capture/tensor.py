@@ -83,29 +83,24 @@ def shape_vector(emitter: Emitter, axes: Sequence[Axis], lies: Sequence[Axis]) -
             dims.append(None)
     if dims.count(None) <= 1:
         return emitter.constant([-1 if d is None else d for d in dims], np.int64)
-    parts = [_product(emitter, axis) if d is None else emitter.constant([d], np.int64) for d, axis in zip(dims, axes)]
+    parts = [
+        size_of_axis(emitter, axis) if d is None else emitter.constant([d], np.int64) for d, axis in zip(dims, axes)
+    ]
     return emitter.op("Concat", *parts, axis=0)
 
 
-def _product(emitter: Emitter, axis: Axis) -> ir.Value:
+def size_of_axis(emitter: Emitter, axis: Axis) -> ir.Value:
+    """(1,) int64."""
     size: ir.Value | None = None
     for atom in axis:
-        factor = _size(emitter, atom)
+        factor = emitter.size_of(atom)
         size = factor if size is None else emitter.op("Mul", size, factor)
-    assert size is not None
-    return size
-
-
-def _size(emitter: Emitter, atom: Atom) -> ir.Value:
-    if atom.role is Role.STRETCH:
-        seq = emitter.size(Role.QUERY if Role.QUERY in emitter.interface.sizes else Role.KEY)
-        return emitter.op("Add", seq, emitter.constant([atom.before]))
-    return emitter.size(atom.role) if atom.role else emitter.constant([atom.size], np.int64)
+    return emitter.constant([1], np.int64) if size is None else size
 
 
 def size_vector(emitter: Emitter, axes: Sequence[Axis]) -> ir.Value:
     """The sizes of `axes`, none of them copied or inferred: what Expand wants."""
-    parts = [_product(emitter, axis) if axis else emitter.constant([1], np.int64) for axis in axes]
+    parts = [size_of_axis(emitter, axis) if axis else emitter.constant([1], np.int64) for axis in axes]
     if all(atom.role is None for axis in axes for atom in axis):
         return emitter.constant([int(np.prod([a.size for a in axis], initial=1)) for axis in axes], np.int64)
     return emitter.op("Concat", *parts, axis=0)

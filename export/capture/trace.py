@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import io
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from torch.nn.modules import transformer
 
 from tfinfer.errors import CaptureError
 
+from .choices import ASKED_OF_VALUES, AllExperts
 from .recurrent import operators_for_recurrent_layers
 
 aten = torch.ops.aten
@@ -49,6 +51,12 @@ UNTAGGED = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.__xor__.Tensor,
 }  # fmt: skip
+
+
+INSTEAD = (
+    "what runs, and how large it is, must not depend on the values of the ids: compute both ways and choose by "
+    "torch.where, or pick tokens by torch.where(mask) and put them back by index_add"
+)
 
 
 class Kind(enum.Enum):
@@ -237,6 +245,10 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
             raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
         program, loops = _rerolled(module, arguments[0], error)
     graph_module = program.module()
+    for node in reversed(graph_module.graph.nodes):  # what was answered in a module's stead need not hold
+        if node.target is aten._assert_scalar.default:
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
     nodes = list(graph_module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, arguments))
@@ -250,9 +262,14 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
 
 
 def _exported(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any) -> torch.export.ExportedProgram:
+    """The functional program of a module; no in-place operation survives."""
     with operators_for_recurrent_layers(), _quiet():
-        program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-        return program.run_decompositions({})  # functional: no in-place operation survives
+        try:
+            program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+        except ASKED_OF_VALUES:
+            with AllExperts():
+                program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+        return program.run_decompositions({})
 
 
 def _rerolled(module: nn.Module, ids: Argument, error: Exception) -> tuple[torch.export.ExportedProgram, list[Any]]:
@@ -282,9 +299,15 @@ def _rerolled(module: nn.Module, ids: Argument, error: Exception) -> tuple[torch
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Nothing of what torch prints and warns of: whole graphs beside some of its errors, which say what is needed."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every size that data decides
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 class _Together(nn.Module):
@@ -325,4 +348,5 @@ def explain(error: Exception) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     source = [line for line in lines if line.startswith("File ") and TORCH not in line]
     kept = [*lines[:2], *source[-1:]]
-    return f"{type(error).__name__}: {' '.join(kept)}"[:600]
+    advice = f"; {INSTEAD}" if isinstance(error, ASKED_OF_VALUES) else ""
+    return f"{type(error).__name__}: {' '.join(kept)}"[:600] + advice

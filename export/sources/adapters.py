@@ -3,10 +3,12 @@
 What a model is, its own config and signature say. No architecture is named here.
 """
 
+import contextlib
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal
+from unittest import mock
 
 import torch
 from torch import nn
@@ -35,7 +37,8 @@ class CausalLM(Adapter):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the logits (batch, seq, vocab) of `input_ids` (batch, seq)."""
-        return self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+        with experts_as_written():
+            return self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
 
 
 class Seq2SeqLM(Adapter):
@@ -46,7 +49,8 @@ class Seq2SeqLM(Adapter):
     def forward(self, source_ids: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the logits (batch, seq, vocab) of `input_ids` (batch, seq), given `source_ids` (batch, source)."""
         given = {"input_ids": source_ids, "decoder_input_ids": input_ids}
-        return self.model(**given, use_cache=False, return_dict=True).logits
+        with experts_as_written():
+            return self.model(**given, use_cache=False, return_dict=True).logits
 
 
 class Encoder(Adapter):
@@ -62,7 +66,8 @@ class Encoder(Adapter):
 
     def outputs(self, **given: torch.Tensor | None) -> Tensors:
         """Return the outputs that are tensors, by name."""
-        found = self.model(**given, **self.options, return_dict=True).items()
+        with experts_as_written():
+            found = self.model(**given, **self.options, return_dict=True).items()
         return {name: value for name, value in found if torch.is_tensor(value) and name not in self.without}
 
 
@@ -93,6 +98,21 @@ class TypedEncoder(Encoder):
     ) -> Tensors:
         """Return the outputs for `input_ids` (batch, seq) and the rest of the same shape."""
         return self.outputs(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+
+
+@contextlib.contextmanager
+def experts_as_written() -> Iterator[None]:
+    """While a model is captured its mixtures of experts run as their own definitions say.
+
+    transformers replaces these by kernels of the same result, which no graph can follow.
+    """
+    moe = sys.modules.get("transformers.integrations.moe")
+    interface = getattr(moe, "ExpertsInterface", None)
+    if interface is None or not torch.compiler.is_exporting():
+        yield
+        return
+    with mock.patch.object(interface, "get_interface", lambda self, name, default: default):
+        yield
 
 
 def adapt(module: nn.Module) -> nn.Module:

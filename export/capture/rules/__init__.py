@@ -1,15 +1,33 @@
 """The allow-list: what each operation does to the axes, and how it is written in ONNX. One small file per group."""
 
-from . import complex, convolutions, elementwise, indexing, linear, recurrent, reductions, running, sdpa, shifts, views
+from . import (
+    complex,
+    convolutions,
+    elementwise,
+    indexing,
+    integers,
+    linear,
+    picking,
+    recurrent,
+    reductions,
+    routing,
+    running,
+    sdpa,
+    shifts,
+    views,
+)  # fmt: skip
 
 __all__ = [
     "complex",
     "convolutions",
     "elementwise",
     "indexing",
+    "integers",
     "linear",
+    "picking",
     "recurrent",
     "reductions",
+    "routing",
     "running",
     "sdpa",
     "shifts",

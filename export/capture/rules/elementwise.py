@@ -155,7 +155,6 @@ UNARY: dict[Any, Make] = {
     aten.round.default: named("Round"),
     aten.sign.default: named("Sign"),
     aten.logical_not.default: named("Not"),
-    aten.bitwise_not.default: named("Not"),
     aten.isnan.default: named("IsNaN"),
     aten.log1p.default: lambda emit, x: emit.op("Log", emit.op("Add", x, _number(emit, 1.0, torch.float32))),
     aten.softplus.default: named("Softplus"),
@@ -173,8 +172,6 @@ UNARY: dict[Any, Make] = {
 def unary(f: Follower, node: fx.Node, x: Tensor, *rest: Any) -> Tensor:
     if rest and any(r not in (1, 20) for r in rest):  # softplus with its own slope or threshold
         raise refuse(node, "only its default parameters are followed")
-    if node.target is aten.bitwise_not.default and x.dtype != torch.bool:
-        raise refuse(node, "is followed on truth values only")
     return elementwise(f, node, [x], UNARY[node.target], x.dtype)
 
 
@@ -269,11 +266,7 @@ BINARY: dict[Any, str] = {
 }
 LOGICAL: dict[Any, str] = {
     aten.logical_and.default: "And",
-    aten.bitwise_and.Tensor: "And",
-    aten.__and__.Tensor: "And",
     aten.logical_or.default: "Or",
-    aten.bitwise_or.Tensor: "Or",
-    aten.__or__.Tensor: "Or",
     aten.logical_xor.default: "Xor",
 }
 COMPARISONS: dict[Any, str] = {
@@ -298,14 +291,14 @@ def binary(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
     return elementwise(f, node, [x, y], named(BINARY[node.target]))
 
 
-@rule(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode)
+@rule(aten.div.Tensor, aten.div.Scalar)
 def divide(f: Follower, node: fx.Node, x: Any, y: Any, *, rounding_mode: str | None = None) -> Tensor:
     def make(emit: Emitter, a: ir.Value, b: ir.Value) -> ir.Value:
         quotient = emit.op("Div", a, b)
         return quotient if rounding_mode is None else emit.op("Floor", quotient)
 
-    if rounding_mode not in (None, "floor") or (rounding_mode and not node.meta["val"].is_floating_point()):
-        raise refuse(node, "division is followed for floating-point values")
+    if rounding_mode not in (None, "floor"):
+        raise refuse(node, "division is followed as it is, or rounded down")
     if isinstance(y, (int, float)) and rounding_mode is None and y and math.log2(abs(y)).is_integer():
         return elementwise(f, node, [x, 1 / y], named("Mul"))  # exact for powers of two
     return elementwise(f, node, [x, y], make)

@@ -10,10 +10,12 @@ from typing import Any
 from torch import fx
 
 from ..axes import Atom, Axes, Role, fixed, has
+from ..filled import fill_value
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, working
 from ..trace import arguments, aten, refuse
 from .elementwise import broadcast, elementwise, named
+from .picking import gathered, picked_entries
 from .shifts import cut, is_sequence, put_in_front
 
 
@@ -81,10 +83,12 @@ def select(f: Follower, node: fx.Node, x: Tensor, dim: int, index: Any) -> Tenso
 
 
 def taken(f: Follower, x: Tensor, dim: int, index: int) -> Tensor:
-    """One entry of an axis, which vanishes."""
+    """One entry of an axis, which vanishes; of the indices of picked entries those along one axis."""
     value, order = working(f.emit, x)
     value = f.emit.op("Gather", value, f.emit.constant([index]), axis=order.index(dim))
     axes = followed(x.axes)
+    if x.value in f.columns and x.axes[dim] == x.base[-1]:
+        f.indexes[value] = f.columns[x.value][index]
     result = from_working(value, (*axes[:dim], (), *axes[dim + 1 :]), order, x.dtype)
     return result.seen_as((*axes[:dim], *axes[dim + 1 :]))
 
@@ -97,10 +101,10 @@ def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
     elif node.target is aten.index_select.default:
         indices = [None] * (where[0] % x.rank) + [where[1]]
     named = [i for i, index in enumerate(indices) if index is not None]
-    if isinstance(x, fx.Node):
+    if isinstance(x, fx.Node) and fill_value(f.trace, x) is None:
         return _look_up(f, node, x, indices)
-    if len(named) != 1 or not f.is_constant(indices[named[0]]):
-        raise refuse(node, "is followed for one axis and fixed indices")
+    if len(named) != 1 or not f.is_constant(indices[named[0]]) or isinstance(x, fx.Node):
+        return picked_entries(f, node, x, indices)
     (dim,), picked = named, f.constant(indices[named[0]])
     if picked.dim() != 1:
         raise refuse(node, "is followed for one axis and a row of fixed indices")
@@ -116,7 +120,9 @@ def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
 
 @rule(aten.gather.default)
 def gather(f: Follower, node: fx.Node, x: Any, dim: int, ids: Any, **kwargs: Any) -> Tensor:
-    """A fixed row of values, the same for all rows of the batch, looked up by data."""
+    """A fixed row of values, the same for all rows of the batch, looked up by data; or data by data."""
+    if isinstance(x, Tensor):
+        return gathered(f, node, x, dim, ids)
     if not isinstance(x, fx.Node) or x in f.trace.masks or not isinstance(ids, Tensor):
         raise refuse(node, "is followed for a fixed table looked up by data")
     table = f.constant(x)
@@ -144,6 +150,8 @@ def _pieces(f: Follower, node: fx.Node, x: Tensor, sizes: list[int], dim: int) -
     splits = f.emit.constant(sizes)
     parts = f.emit.multi("Split", value, splits, outputs=len(sizes), axis=order.index(dim))
     axes = followed(x.axes)
+    if x.value in f.columns and x.axes[dim] == x.base[-1] and set(sizes) == {1}:
+        f.indexes.update(zip(parts, f.columns[x.value]))
     return [from_working(p, (*axes[:dim], fixed(n), *axes[dim + 1 :]), order, x.dtype) for p, n in zip(parts, sizes)]
 
 

@@ -28,6 +28,8 @@ def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
             )
         if has(x.axes[dim], Role.BATCH):
             raise refuse(node, "mixes the rows of a batch")
+        if has(x.axes[dim], Role.PICKED):
+            raise refuse(node, "mixes the tokens that were picked for an expert")
         if has(x.axes[dim], Role.SOURCE) and not f.is_whole and node.target not in HIDES_PADDING:
             raise refuse(node, "sums over the source in every step, where rows of a batch have sources of their own")
     return found
@@ -48,12 +50,22 @@ REDUCTIONS: dict[Any, str] = {
 
 @rule(*REDUCTIONS)
 def reduce(f: Follower, node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
-    return _reduced(f, node, x, over(f, node, x, dims), keepdim, REDUCTIONS[node.target])
+    return reduced(f, node, x, over(f, node, x, dims), keepdim, REDUCTIONS[node.target])
 
 
-def _reduced(f: Follower, node: fx.Node, x: Tensor, dims: list[int], keepdim: bool, op_type: str) -> Tensor:
+def reduced(
+    f: Follower,
+    node: fx.Node,
+    x: Tensor,
+    dims: list[int],
+    keepdim: bool,
+    op_type: str,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """dtype: what is computed in, where that is not the node's own."""
     value, order = working(f.emit, x)
-    dtype = node.meta["val"].dtype if isinstance(node.meta["val"], torch.Tensor) else x.dtype
+    own = node.meta["val"].dtype if isinstance(node.meta["val"], torch.Tensor) else x.dtype
+    dtype = dtype or own
     value = value if dtype == x.dtype else f.emit.cast(value, dtype)
     for dim in dims:
         value = hide_padding(f, value, tuple(followed(x.axes)[i] for i in order), order.index(dim), 0.0)
@@ -69,16 +81,40 @@ def vector_norm(
 ) -> Tensor:
     if order not in (1, 2):
         raise refuse(node, f"a norm of order {order} is not followed", "orders 1 and 2 are")
-    return _reduced(f, node, x, over(f, node, x, dims), keepdim, f"ReduceL{order:.0f}")
+    return reduced(f, node, x, over(f, node, x, dims), keepdim, f"ReduceL{order:.0f}")
 
 
 @rule(aten.max.dim, aten.min.dim)
 def extreme(f: Follower, node: fx.Node, x: Tensor, dim: int, keepdim: bool = False) -> list[Tensor]:
     dims = over(f, node, x, dim)
-    if any(user.args[1] == 1 for user in f.trace.users(node)):
-        raise refuse(node, "the index of the largest value is not followed")
-    name = "ReduceMax" if node.target is aten.max.dim else "ReduceMin"
-    return [_reduced(f, node, x, dims, keepdim, name)]
+    name = "Max" if node.target is aten.max.dim else "Min"
+    return [reduced(f, node, x, dims, keepdim, f"Reduce{name}"), position_of(f, x, dims[0], keepdim, f"Arg{name}")]
+
+
+@rule(aten.argmax.default, aten.argmin.default)
+def arg_extreme(f: Follower, node: fx.Node, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    if dim is None:
+        raise refuse(node, "is followed along one axis")
+    (axis,) = over(f, node, x, dim)
+    return position_of(f, x, axis, keepdim, "ArgMax" if node.target is aten.argmax.default else "ArgMin")
+
+
+def position_of(f: Follower, x: Tensor, dim: int, keepdim: bool, op_type: str) -> Tensor:
+    """Where along a fixed axis the first largest or least value stands, int64."""
+    value, order = working(f.emit, x)
+    value = f.emit.op(op_type, value, axis=order.index(dim), keepdims=1)
+    axes = tuple(() if i == dim else axis for i, axis in enumerate(followed(x.axes)))
+    result = from_working(value, axes, order, torch.int64)
+    return result if keepdim else result.seen_as((*axes[:dim], *axes[dim + 1 :]))
+
+
+@rule(aten.any.dim, aten.any.dims, aten.any.default, aten.all.dim, aten.all.dims, aten.all.default)
+def any_or_all(f: Follower, node: fx.Node, x: Tensor, dims: Any = None, keepdim: bool = False) -> Tensor:
+    found = over(f, node, x, dims)
+    name = "ReduceMax" if node.target in (aten.any.dim, aten.any.dims, aten.any.default) else "ReduceMin"
+    truth = f.emit.cast(f.emit.cast(x.value, torch.bool), torch.int32)
+    result = reduced(f, node, Tensor(truth, x.base, x.axes, torch.int32), found, keepdim, name, torch.int32)
+    return Tensor(f.emit.cast(result.value, torch.bool), result.base, result.axes, torch.bool)
 
 
 @rule(aten.var.dim, aten.std.dim)
@@ -109,11 +145,11 @@ def _variance(f: Follower, node: fx.Node, x: Tensor, dims: Any, correction: floa
         if not isinstance(size, int):
             raise refuse(node, "the variance along an axis of positions is not followed")
         count *= size
-    mean = _reduced(f, node, x, found, True, "ReduceMean")
+    mean = reduced(f, node, x, found, True, "ReduceMean")
     value, order = working(f.emit, x)
     centred = f.emit.op("Sub", value, working(f.emit, mean, order)[0])
     square = from_working(f.emit.op("Mul", centred, centred), followed(x.axes), order, x.dtype)
-    result = _reduced(f, node, square, found, keepdim, "ReduceMean")
+    result = reduced(f, node, square, found, keepdim, "ReduceMean")
     scale = count / (count - correction)
     value = f.emit.op("Mul", result.value, f.emit.constant(torch.tensor(scale, dtype=x.dtype).numpy()))
     value = f.emit.op("Sqrt", value) if node.target in (aten.std.correction, aten.std.dim) else value
