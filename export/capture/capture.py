@@ -11,7 +11,7 @@ from tfinfer.errors import CaptureError
 
 from . import rules  # noqa: F401  (registers the allow-list)
 from .follow import AttentionReport, CacheEntry, Follower, StateEntry
-from .outputs import declare_logits, find_logits, vocabulary
+from .outputs import declare_logits, find_logits, logits_node, vocabulary
 from .positional import Positional, longest_length, read_by_data
 from .trace import Trace, trace
 from .walk import follow_all
@@ -52,7 +52,7 @@ def capture_decoder(
     positional = Positional(captured, captured.seq)
     length = longest_length(positional, read_by_data(captured, captured.seq), max_length, DEFAULT_MAX_LENGTH)
     follower = Follower(captured, positional, length, flavor, source=source)
-    follow_all(follower, captured.target)
+    follow_all(follower, captured.target, logits_node(captured))
     logits = find_logits(captured, follower)
     emit = follower.emit
     emit.given("attention_mask")

@@ -166,7 +166,20 @@ def is_pointwise(target: Any) -> bool:
     return torch.Tag.pointwise in getattr(target, "tags", ()) or target in UNTAGGED
 
 
-def where(node: fx.Node) -> str:
+class Refused(CaptureError):
+    """The error for a node that cannot be followed: operation, what is wrong, where it stands, what to do."""
+
+    def __init__(self, operation: str, why: str, path: str, place: str, instead: str) -> None:
+        self.operation, self.why, self.path, self.place, self.instead = operation, why, path, place, instead
+        super().__init__(self.told())
+
+    def told(self, others: str = "") -> str:
+        """The message; `others` says where else the same was refused."""
+        advice = f"; {self.instead}" if self.instead else ""
+        return f"{self.operation}: {self.why}, in {self.path}{others}{self.place}{advice}"
+
+
+def where(node: fx.Node) -> tuple[str, str]:
     """The module path and the source line that made a node, for error messages."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((entry[0] for entry in reversed(list(stack.values())) if isinstance(entry, tuple)), "")
@@ -178,13 +191,12 @@ def where(node: fx.Node) -> str:
     for i in (own or frames)[-1:]:
         code = lines[i + 1] if i + 1 < len(lines) else ""
         place = f" at {lines[i].removeprefix('File ')}: {code}"
-    return f"in {path or 'the module itself'}{place}"
+    return path or "the module itself", place
 
 
-def refuse(node: fx.Node, why: str, instead: str = "") -> CaptureError:
+def refuse(node: fx.Node, why: str, instead: str = "") -> Refused:
     """The error for a node that cannot be followed: operation, what is wrong, where it stands, what to do."""
-    advice = f"; {instead}" if instead else ""
-    return CaptureError(f"{node.target}: {why}, {where(node)}{advice}")
+    return Refused(str(node.target), why, *where(node), instead)
 
 
 @contextlib.contextmanager

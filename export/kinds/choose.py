@@ -45,11 +45,12 @@ def open_encoder(source: Source, asked: Asked) -> Job:
     try:
         return EncoderJob(form, asked, source.pad_id or 0)
     except CaptureError as refusal:
-        why = str(refusal)
+        why, told = str(refusal).splitlines()[0], str(refusal)
     try:
         return TranslatedJob(form, asked.max_length, source.max_length or LONGEST_PLAIN, why, source.pad_id or 0)
     except CaptureError as error:
-        raise CaptureError(f"{why}; nor can torch translate it: {error}") from error
+        also = f"{';' if why == told else chr(10)} nor can torch translate it: {error}"
+        raise CaptureError(f"{told}{also}") from error
 
 
 def _accepted(form: EncoderForm) -> EncoderForm:
