@@ -59,7 +59,7 @@ def named_outputs(captured: Trace) -> dict[str, fx.Node]:
     if spec is None or not isinstance(leaves, (tuple, list)):
         return {}
     tree = torch.utils._pytree.tree_unflatten(list(leaves), spec)
-    fields = getattr(tree, "_asdict", dict)()  # of a namedtuple
+    fields: dict[str, Any] = getattr(tree, "_asdict", dict)()  # of a namedtuple
     items = tree.items() if hasattr(tree, "items") else fields.items()
     return {str(k): v for k, v in items if isinstance(v, fx.Node)}
 

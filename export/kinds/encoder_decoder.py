@@ -59,7 +59,7 @@ class PairJob:
     def expect(self, progress: Progress) -> golden.Golden:
         captured, pair = self.pair.decoder, self.pair
         source_name, target_name = (argument.name for argument in self.form.arguments)
-        reference = Reference(self.form.module, captured.all_rows, target_name, source_name)
+        reference = Reference(self.form.module, captured.all_rows, target_name, source_name, captured.num_logits)
         sources = Sources(pair.source_vocab_size, pair.max_source_length)
         cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states, sources=sources)
         expected = []
