@@ -44,8 +44,8 @@ class Leak:
     def _advice(self) -> str:
         if self.reaches > 2:
             return (
-                f"{self.reaches} of the {self.token} positions before it moved, as without a causal mask: give attention "
-                "one, and sum over no positions"
+                f"{self.reaches} of the {self.token} positions before it moved, as without a causal mask: give "
+                "attention one, and sum over no positions"
             )
         ahead = self.token - self.position
         many = "position" if ahead == 1 else "positions"
