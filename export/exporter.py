@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from tfinfer.errors import IncompatibleModelError, InputError, ProofError, ProviderError
@@ -103,7 +104,8 @@ def export_model(
     starts = tuple(source.decoder_start if start_ids is None else start_ids) or _bos(source)
     specs = tuple(parse_input(given) if isinstance(given, str) else given for given in inputs)
     asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
-    return _Export(source, target, dtype, kind, asked, attention, progress).run(overwrite)
+    with torch.autocast("cpu", enabled=False):  # the user's own, around the call
+        return _Export(source, target, dtype, kind, asked, attention, progress).run(overwrite)
 
 
 def _bos(source: Source) -> tuple[int, ...]:

@@ -204,7 +204,8 @@ def inference_mode_of(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without what nn.TransformerEncoder does on the side; restored afterwards.
 
     Its fused fast path would hide its attention. Its hint that a mask is causal is read from the mask's values, which
-    no tracing can do; without the hint it uses the mask itself.
+    no tracing can do; without the hint it uses the mask itself. What autocast would narrow stays as wide as
+    the weights, around the call and inside it; gradients stay off.
     """
     training = {part: part.training for part in module.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -213,12 +214,39 @@ def inference_mode_of(module: nn.Module) -> Iterator[None]:
     unhinted = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
     hint = mock.patch.object(transformer, "_detect_is_causal_mask", unhinted)
     try:
-        with torch.no_grad(), hint:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), hint, _switched_off():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part, mode in training.items():
             part.training = mode
+
+
+@contextlib.contextmanager
+def _switched_off() -> Iterator[None]:
+    """Autocast and gradients that a module itself asks for, where they are asked for."""
+    enter = torch.autocast.__enter__
+
+    def narrow_nothing(self: torch.autocast) -> Any:
+        wanted, self._enabled = self._enabled, False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = wanted
+
+    def nothing(self: torch.enable_grad, *error: object) -> None: ...
+
+    def off(self: torch.set_grad_enabled, mode: bool) -> None:
+        set_mode(self, False)
+
+    set_mode = torch.set_grad_enabled.__init__
+    with (
+        mock.patch.object(torch.autocast, "__enter__", narrow_nothing),
+        mock.patch.object(torch.enable_grad, "__enter__", nothing),
+        mock.patch.object(torch.enable_grad, "__exit__", nothing),
+        mock.patch.object(torch.set_grad_enabled, "__init__", off),
+    ):
+        yield
 
 
 def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_ids"),)) -> Trace:

@@ -25,6 +25,7 @@ from .lora import merge_adapter
 from .python import FORMS, build_module
 from .text import TextSide, read_text_side
 from .weights import load_weights
+from .wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def from_module(module: nn.Module, tokenizer: Path | None = None, adapters: Sequ
     if not isinstance(module, nn.Module):
         raise SourceError(f"expected a torch.nn.Module; got an object of type {type(module).__name__}")
     text = read_text_side(tokenizer) if tokenizer is not None else TextSide()
-    name = type(_uncompiled(module)).__name__
+    name = type(unwrap(module)).__name__
     own = _in_float32(module, owned=False)
     if adapters:
         own = _copy(own, shared=[*own.parameters(), *own.buffers()])  # merging replaces tensors and changes none
@@ -162,14 +163,9 @@ def _what_it_is(reference: str) -> str:
     return f"name the factory too: {path.name}:build" if path.suffix == ".py" else "it is a file"
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module that torch.compile wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
-
-
 def _in_float32(module: nn.Module, *, owned: bool) -> nn.Module:
     """Return the module in evaluation mode, float32 and on the CPU; one that is not ours is not changed."""
-    module = adapt(_uncompiled(module))
+    module = adapt(unwrap(module))
     tensors = list(itertools.chain(module.parameters(), module.buffers()))
     if any(tensor.is_meta for tensor in tensors):
         raise SourceError(f"{type(module).__name__}: expected parameters with values; some are on the meta device")
