@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from tfinfer.errors import IncompatibleModelError, InputError, ProofError, ProviderError
@@ -67,6 +68,7 @@ def export_model(
     start_ids: Sequence[int] | None = None,
     attention: bool = True,
     tokenizer: str | os.PathLike[str] | None = None,
+    adapters: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     progress: Progress = lambda stage: None,
 ) -> ExportReport:
@@ -84,6 +86,7 @@ def export_model(
         start_ids: what the target of an encoder-decoder begins with; by default what the source or its tokenizer says.
         attention: whether to add the small graph that `tfinfer attention` asks.
         tokenizer: a tokenizer.json to take along.
+        adapters: folders of PEFT adapters (LoRA) to merge into a live module's weights; the module keeps its own.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
@@ -95,11 +98,15 @@ def export_model(
     check_length("max_source_length", max_source_length)
     target = Path(out)
     check_target(target, overwrite)
-    source = module if isinstance(module, Source) else from_module(module, Path(tokenizer) if tokenizer else None)
+    if isinstance(module, Source):
+        source = module
+    else:
+        source = from_module(module, Path(tokenizer) if tokenizer else None, [Path(folder) for folder in adapters])
     starts = tuple(source.decoder_start if start_ids is None else start_ids) or _bos(source)
     specs = tuple(parse_input(given) if isinstance(given, str) else given for given in inputs)
     asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
-    return _Export(source, target, dtype, kind, asked, attention, progress).run(overwrite)
+    with torch.autocast("cpu", enabled=False):  # the user's own, around the call
+        return _Export(source, target, dtype, kind, asked, attention, progress).run(overwrite)
 
 
 def _bos(source: Source) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from tfinfer.errors import CaptureError
 from . import rules  # noqa: F401  (registers the allow-list)
 from .chunks import chunks_of_one
 from .follow import AttentionReport, CacheEntry, Follower, StateEntry
-from .outputs import declare_logits, find_logits, vocabulary
+from .outputs import declare_logits, find_logits, logits_node, vocabulary
 from .positional import Positional, longest_length, read_by_data
 from .states import drop_unused
 from .trace import Trace, trace
@@ -60,7 +60,7 @@ def capture_decoder(
     positional = Positional(captured, captured.seq)
     length = longest_length(positional, read_by_data(captured, captured.seq), max_length, DEFAULT_MAX_LENGTH)
     follower = Follower(captured, positional, length, flavor, source=source)
-    follow_all(follower, captured.target)
+    follow_all(follower, captured.target, logits_node(captured))
     logits = find_logits(captured, follower)
     emit = follower.emit
     emit.given("attention_mask")

@@ -48,7 +48,11 @@ def capture_encoder_decoder(
     """
     captured = trace(module, arguments)
     source = follow_source(captured, max_source_length, flavor)
-    follow_all(source, captured.data - captured.target)
+    try:
+        follow_all(source, captured.data - captured.target)
+    except CaptureError:
+        if not source.refusals:  # else they are told with those of the decoder
+            raise
     decoder = capture_decoder(captured, max_length=max_length, flavor=flavor, source=source)
     emit = source.emit
     emit.given("input_ids")

@@ -15,12 +15,15 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from tfinfer.errors import CaptureError
+
 from . import tables
 from .axes import Atom, Axes, Axis, Role, Symbols, axis_of, flat, position
 from .emitter import DTYPES, Emitter
 from .filled import fill_value
 from .place import Placed, gather_by_distance, gather_rows, gather_square, slice_positions
 from .positional import Positional
+from .refusals import Lost, guess, is_lost
 from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
 from .tensor import Tensor, laid_out
 from .trace import Kind, Trace, aten, is_computed, is_pointwise, mapped, refuse
@@ -107,7 +110,9 @@ class Follower:
         self.role, self.source, self.observed = role, source, observed
         self.emit = emit or Emitter()
         self.symbols = Symbols(trace.batch, trace.seq, trace.source)
-        self.values: dict[fx.Node, Tensor | list[Tensor] | Complex] = {}
+        self.values: dict[fx.Node, Tensor | list[Tensor] | Complex | Lost] = {}
+        self.refusals: list[CaptureError] = []
+        self.guessed: set[fx.Node] = set()  # nodes whose value rests on what was refused
         self.entries: list[CacheEntry] = []
         self.states: list[StateEntry] = []
         self.patterns: dict[Any, Any] = {}
@@ -125,21 +130,47 @@ class Follower:
 
     # -- nodes --------------------------------------------------------------------------------------------------
     def follow(self, node: fx.Node) -> None:
-        """Give a data node its value, by the rule of its operation."""
+        """Give a data node its value, by the rule of its operation; what is refused is noted, and followed on."""
+        try:
+            self._follow(node)
+        except CaptureError as refusal:
+            self.lose(node, refusal)
+        except Exception:
+            if not self._is_guessed(node):
+                raise
+            self.values[node] = guess(self, node)  # what a guess leads to says nothing of the module
+        if self._is_guessed(node):
+            self.guessed.add(node)
+
+    def _is_guessed(self, node: fx.Node) -> bool:
+        return bool(self.refusals) and any(operand in self.guessed for operand in node.all_input_nodes)
+
+    def lose(self, node: fx.Node, refusal: CaptureError) -> None:
+        """Note a refusal and go on with what the node's shape says, so that all refusals are found at once."""
+        self.refusals.append(refusal)
+        self.guessed.add(node)
+        self.values[node] = guess(self, node)
+
+    def _follow(self, node: fx.Node) -> None:
         if node in self.trace.inputs:
             self.values[node] = self._input(node)
             return
         reads_masks = node.target in READS_MASKS
         args, kwargs = mapped(node, lambda n: n if reads_masks and n in self.trace.masks else self._operand(n))
+        if is_lost((args, *kwargs.values())):
+            self.values[node] = guess(self, node)
+            return
         followed_by = self._rule(node, args)
         if node.target not in STRETCHABLE and not is_pointwise(node.target):
             _refuse_stretched(node, args)
         try:
             result = followed_by(self, node, *args, **kwargs)
         except (AttributeError, TypeError) as error:  # a table where the rule knows data, or the other way round
+            if self._is_guessed(node):
+                raise
             raise refuse(node, "this operation is not followed with these operands") from error
         self.values[node] = result
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and not self._is_guessed(node):
             self._check(node, result)
 
     def _input(self, node: fx.Node) -> Tensor:
@@ -160,7 +191,7 @@ class Follower:
             return self.value_of(node)
         return node
 
-    def value_of(self, node: fx.Node) -> Tensor | list[Tensor] | Complex:
+    def value_of(self, node: fx.Node) -> Tensor | list[Tensor] | Complex | Lost:
         """The value of a data node, followed now if nobody asked before; of source data, that of the other graph."""
         if node in self.values:
             return self.values[node]

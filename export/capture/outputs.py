@@ -19,23 +19,37 @@ from .trace import Trace, arguments, aten
 ROWWISE = {"MatMul", "Gemm", "Add", "Sub", "Mul", "Div", "Cast", "Tanh", "LayerNormalization"}
 
 
-def find_logits(captured: Trace, f: Follower) -> Tensor:
-    """The output that is named logits, or else the first one that has a row of numbers for each position."""
+def logits_node(captured: Trace) -> fx.Node:
+    """The output that is named logits, or else the first with a row of numbers for each position, as many as ids.
+
+    Hidden states may stand before the logits: where an output is as wide as the table of ids, it is that one.
+    """
     found = [n for n in captured.output.all_input_nodes if n in captured.data]
     named = named_outputs(captured)
-    candidates = [named["logits"]] if "logits" in named else found
-    for node in candidates:
-        value = f.values.get(node)
-        if isinstance(value, Tensor) and _looks_like_logits(value):
-            return value
+    candidates = [n for n in ([named["logits"]] if "logits" in named else found) if _looks_like_logits(captured, n)]
+    words = vocabulary(captured, captured.ids())
+    wide = [n for n in candidates if captured.shape(n)[-1] == words]
+    if candidates:
+        return (wide or candidates)[0]
     shapes = [captured.shape(n) for n in found] or "nothing that depends on the ids"
     raise CaptureError(f"the module returns {shapes}; expected logits of (batch, seq, vocab)")
 
 
-def _looks_like_logits(value: Tensor) -> bool:
-    if not value.dtype.is_floating_point or value.rank not in (2, 3) or not has(value.axes[0], Role.BATCH):
+def _looks_like_logits(captured: Trace, node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() not in (2, 3):
         return False
-    return bool(value.axes[-1]) and not any(atom.role for atom in value.axes[-1])
+    first, *_, last = captured.shape(node)
+    return first == captured.batch and isinstance(last, int)
+
+
+def find_logits(captured: Trace, f: Follower) -> Tensor:
+    """The value of the logits, once everything was followed."""
+    node = logits_node(captured)
+    value = f.values.get(node)
+    if isinstance(value, Tensor) and has(value.axes[0], Role.BATCH):
+        return value
+    raise CaptureError(f"the module returns logits of {captured.shape(node)}; expected (batch, seq, vocab)")
 
 
 def named_outputs(captured: Trace) -> dict[str, fx.Node]:
@@ -45,7 +59,8 @@ def named_outputs(captured: Trace) -> dict[str, fx.Node]:
     if spec is None or not isinstance(leaves, (tuple, list)):
         return {}
     tree = torch.utils._pytree.tree_unflatten(list(leaves), spec)
-    items = tree.items() if hasattr(tree, "items") else []
+    fields: dict[str, Any] = getattr(tree, "_asdict", dict)()  # of a namedtuple
+    items = tree.items() if hasattr(tree, "items") else fields.items()
     return {str(k): v for k, v in items if isinstance(v, fx.Node)}
 
 

@@ -179,7 +179,20 @@ def is_pointwise(target: Any) -> bool:
     return torch.Tag.pointwise in getattr(target, "tags", ()) or target in UNTAGGED
 
 
-def where(node: fx.Node) -> str:
+class Refused(CaptureError):
+    """The error for a node that cannot be followed: operation, what is wrong, where it stands, what to do."""
+
+    def __init__(self, operation: str, why: str, path: str, place: str, instead: str) -> None:
+        self.operation, self.why, self.path, self.place, self.instead = operation, why, path, place, instead
+        super().__init__(self.told())
+
+    def told(self, others: str = "") -> str:
+        """The message; `others` says where else the same was refused."""
+        advice = f"; {self.instead}" if self.instead else ""
+        return f"{self.operation}: {self.why}, in {self.path}{others}{self.place}{advice}"
+
+
+def where(node: fx.Node) -> tuple[str, str]:
     """The module path and the source line that made a node, for error messages."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((entry[0] for entry in reversed(list(stack.values())) if isinstance(entry, tuple)), "")
@@ -191,13 +204,12 @@ def where(node: fx.Node) -> str:
     for i in (own or frames)[-1:]:
         code = lines[i + 1] if i + 1 < len(lines) else ""
         place = f" at {lines[i].removeprefix('File ')}: {code}"
-    return f"in {path or 'the module itself'}{place}"
+    return path or "the module itself", place
 
 
-def refuse(node: fx.Node, why: str, instead: str = "") -> CaptureError:
+def refuse(node: fx.Node, why: str, instead: str = "") -> Refused:
     """The error for a node that cannot be followed: operation, what is wrong, where it stands, what to do."""
-    advice = f"; {instead}" if instead else ""
-    return CaptureError(f"{node.target}: {why}, {where(node)}{advice}")
+    return Refused(str(node.target), why, *where(node), instead)
 
 
 @contextlib.contextmanager
@@ -205,7 +217,8 @@ def inference_mode_of(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without what nn.TransformerEncoder does on the side; restored afterwards.
 
     Its fused fast path would hide its attention. Its hint that a mask is causal is read from the mask's values, which
-    no tracing can do; without the hint it uses the mask itself.
+    no tracing can do; without the hint it uses the mask itself. What autocast would narrow stays as wide as
+    the weights, around the call and inside it; gradients stay off.
     """
     training = {part: part.training for part in module.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -214,12 +227,39 @@ def inference_mode_of(module: nn.Module) -> Iterator[None]:
     unhinted = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
     hint = mock.patch.object(transformer, "_detect_is_causal_mask", unhinted)
     try:
-        with torch.no_grad(), hint:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), hint, _switched_off():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part, mode in training.items():
             part.training = mode
+
+
+@contextlib.contextmanager
+def _switched_off() -> Iterator[None]:
+    """Autocast and gradients that a module itself asks for, where they are asked for."""
+    enter = torch.autocast.__enter__
+
+    def narrow_nothing(self: torch.autocast) -> Any:
+        wanted, self._enabled = self._enabled, False
+        try:
+            return enter(self)
+        finally:
+            self._enabled = wanted
+
+    def nothing(self: torch.enable_grad, *error: object) -> None: ...
+
+    def off(self: torch.set_grad_enabled, mode: bool) -> None:
+        set_mode(self, False)
+
+    set_mode = torch.set_grad_enabled.__init__
+    with (
+        mock.patch.object(torch.autocast, "__enter__", narrow_nothing),
+        mock.patch.object(torch.enable_grad, "__enter__", nothing),
+        mock.patch.object(torch.enable_grad, "__exit__", nothing),
+        mock.patch.object(torch.set_grad_enabled, "__init__", off),
+    ):
+        yield
 
 
 def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_ids"),)) -> Trace:

@@ -6,17 +6,23 @@ from collections.abc import Collection
 
 from torch import fx
 
-from .decays import find_decays
+from tfinfer.errors import CaptureError
+
+from .decays import Decay, find_decays
 from .follow import Follower
+from .refusals import told_together
 from .regions import Region, find_region, is_product
 from .rules.attention import lower_region
 from .rules.decay import lower_decay
-from .trace import Trace, read_for_values
+from .trace import read_for_values
 
 
-def follow_all(f: Follower, nodes: Collection[fx.Node]) -> None:
-    """Follow every data node of `nodes` that the output needs, in the order of the trace."""
-    needed = _needed(f.trace)
+def follow_all(f: Follower, nodes: Collection[fx.Node], wanted: fx.Node | None = None) -> None:
+    """Follow every data node of `nodes` that the output, or `wanted` among it, needs, in the order of the trace.
+
+    Raises CaptureError with everything that cannot be followed, of an encoder-decoder's source as well.
+    """
+    needed = _needed(f.trace.output if wanted is None else wanted)
     pending: dict[fx.Node, Region] = {}
     decays = find_decays(f.trace, f.positional, nodes)
     inside: set[fx.Node] = {n for decay in decays.values() for n in decay.inside}
@@ -29,21 +35,41 @@ def follow_all(f: Follower, nodes: Collection[fx.Node]) -> None:
             inside |= region.inside
         if node in inside:
             continue
-        if node in decays and (state := lower_decay(f, decays[node])):
-            f.values[node] = state
+        if node in decays and _state(f, decays[node]):
             continue
-        if node in pending and (result := lower_region(f, pending[node])):
-            f.values[node] = result
+        if node in pending and _lower(f, pending[node]):
             continue
         if node in pending:  # it stays as it is written
             for part in f.trace.nodes:
                 if part in pending[node].inside:
                     f.follow(part)
         f.follow(node)
+    if refusals := [*(f.source.refusals if f.source else ()), *f.refusals]:
+        raise told_together(refusals) from refusals[0]
 
 
-def _needed(captured: Trace) -> set[fx.Node]:
-    needed, todo = set(), list(captured.output.all_input_nodes)
+def _lower(f: Follower, region: Region) -> bool:
+    """Whether a region became one operator, or was refused as a whole."""
+    try:
+        result = lower_region(f, region)
+    except CaptureError as refusal:
+        f.lose(region.final, refusal)
+        return True
+    if result is not None:
+        f.values[region.final] = result
+    return result is not None
+
+
+def _state(f: Follower, decay: Decay) -> bool:
+    """Whether a sum with decaying weights became a state."""
+    result = lower_decay(f, decay)
+    if result is not None:
+        f.values[decay.product] = result
+    return result is not None
+
+
+def _needed(wanted: fx.Node) -> set[fx.Node]:
+    needed, todo = {wanted}, list(wanted.all_input_nodes)
     while todo:
         node = todo.pop()
         if node not in needed:

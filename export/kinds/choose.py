@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from tfinfer.errors import CaptureError
+from tfinfer.errors import CaptureError, SourceError
 from tfinfer.manifest import EncoderRoles
 
 from ..capture import Trace, trace_decoder
 from ..capture.outputs import named_outputs, vocabulary
-from ..capture.trace import TRACED_BATCH, TRACED_SOURCE, Kind, arguments, aten, inference_mode_of
+from ..capture.trace import TRACED_BATCH, TRACED_SEQ, TRACED_SOURCE, Kind, arguments, aten, inference_mode_of
 from ..sources import Source
+from ..sources.adapters import Adapter, Says
 from ..sources.forms import EncoderForm
 from ..verify import EncoderReference
 from .decoder import DecoderJob
 from .encoder import EncoderJob, PlainJob, TranslatedJob
 from .encoder_decoder import PairJob
+from .given import as_decoder
 from .job import Asked, Job
 
 KINDS = ("auto", "decoder", "encoder", "encoder-decoder")
@@ -29,14 +31,50 @@ def open_job(source: Source, kind: str, asked: Asked) -> Job:
         longest = asked.max_length or max((n for i in asked.inputs for n in i.shape if isinstance(n, int)), default=1)
         return PlainJob(source.module, asked.inputs, "", EncoderRoles(), longest, asked.max_length)
     wanted = source.says if kind == "auto" else kind
+    if wanted == "encoder-decoder" and kind == "auto" and not isinstance(source.module, Adapter):
+        wanted = _pair_or_none(source)
     if wanted == "encoder-decoder":
         return PairJob(source.as_pair(), asked)
     if wanted == "encoder":
         return open_encoder(source, asked)
-    captured = trace_decoder(source.module)
+    try:
+        module = source.module if isinstance(source.module, Adapter) else as_decoder(source.module)
+    except CaptureError:
+        if wanted is None and _is_encoder(source):
+            return open_encoder(source, asked)
+        raise
+    captured = trace_decoder(module)
     if wanted is None and gives_hidden_states(captured):
         return open_encoder(source, asked)
-    return DecoderJob(source.module, captured, asked)
+    return DecoderJob(module, captured, asked)
+
+
+def _pair_or_none(source: Source) -> Says | None:
+    """What a module with two sides is: with no sides of two lengths, one whose second is no sequence of its own."""
+    if _runs_as_pair(source):
+        return "encoder-decoder"
+    try:
+        as_decoder(source.module)
+    except CaptureError:
+        return "encoder-decoder"  # what is wrong with it is said of what it seems to be
+    return None
+
+
+def _runs_as_pair(source: Source) -> bool:
+    try:
+        form = source.as_pair()
+        with inference_mode_of(form.module):
+            form.module(**{a.name: a.sample(2, TRACED_SOURCE if a.source else TRACED_SEQ) for a in form.arguments})
+    except Exception:  # whatever the user's code raises
+        return False
+    return True
+
+
+def _is_encoder(source: Source) -> bool:
+    try:
+        return _runs(source.as_encoder())
+    except SourceError:
+        return False
 
 
 def open_encoder(source: Source, asked: Asked) -> Job:
@@ -45,11 +83,12 @@ def open_encoder(source: Source, asked: Asked) -> Job:
     try:
         return EncoderJob(form, asked, source.pad_id or 0)
     except CaptureError as refusal:
-        why = str(refusal)
+        why, told = str(refusal).splitlines()[0], str(refusal)
     try:
         return TranslatedJob(form, asked.max_length, source.max_length or LONGEST_PLAIN, why, source.pad_id or 0)
     except CaptureError as error:
-        raise CaptureError(f"{why}; nor can torch translate it: {error}") from error
+        also = f"{';' if why == told else chr(10)} nor can torch translate it: {error}"
+        raise CaptureError(f"{told}{also}") from error
 
 
 def _accepted(form: EncoderForm) -> EncoderForm:

@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch import nn
 
+from tfinfer.errors import CaptureError
 from tfinfer.manifest import CacheSpec, DecoderRoles, Manifest, StateSpec
 from tfinfer.proof import golden
 from tfinfer.proof.cases import Sources, grid
 from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, open_session, prove
 
 from ..capture import Captured, Observed, Trace, capture_decoder
-from ..verify import Reference, observe
+from ..capture.outputs import logits_node, vocabulary
+from ..capture.trace import inference_mode_of
+from ..verify import Leak, Reference, find_leak, observe
+from ..verify.reference import logits_of
 from .job import Asked, Progress
 
 
@@ -25,7 +30,15 @@ class DecoderJob:
 
     def __init__(self, module: nn.Module, captured: Trace, asked: Asked) -> None:
         self.module, self.trace = module, captured
-        self.captured = capture_decoder(captured, max_length=asked.max_length, flavor=asked.flavor)
+        leak = _find_leak(module, captured)
+        try:
+            self.captured = capture_decoder(captured, max_length=asked.max_length, flavor=asked.flavor)
+        except CaptureError as refusal:  # it names the place, which the numbers cannot
+            if leak is None or "\n" in str(refusal):
+                raise
+            raise CaptureError(f"{refusal}; {leak}") from refusal
+        if leak is not None:
+            raise CaptureError(str(leak))
         self.graphs: Mapping[str, ir.Model] = {"decoder": self.captured.model}
         self.attention, self.module_length = self.captured.attention, self.captured.module_length
 
@@ -33,7 +46,8 @@ class DecoderJob:
         return {"kind": "decoder", **decoder_fields(self.captured, dtype)}
 
     def expect(self, progress: Progress) -> golden.Golden:
-        return expect(Reference(self.module, self.captured.all_rows), self.captured, progress)
+        reference = Reference(self.module, self.captured.all_rows, num_logits=self.captured.num_logits)
+        return expect(reference, self.captured, progress)
 
     def save(self, path: Path, expected: golden.Golden) -> None:
         golden.save(path, expected)
@@ -66,6 +80,21 @@ def expect(
         source = np.random.default_rng(2).integers(0, sources.vocab_size, min(11, sources.max_length))
     tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - count), source)
     return golden.Golden(cases, expected, prompt, tokens, source)
+
+
+def _find_leak(module: nn.Module, captured: Trace) -> Leak | None:
+    """What moves that must not when a token changes; None where the module cannot be run so, which others say."""
+    node = logits_node(captured)
+    ids, width = vocabulary(captured, captured.ids()), captured.shape(node)[-1]
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        with inference_mode_of(module):
+            return logits_of(module(batch), width)
+
+    try:
+        return find_leak(forward, ids or width, captured.limits.get(captured.seq))
+    except (IndexError, RuntimeError):
+        return None
 
 
 def decoder_fields(captured: Captured, dtype: str) -> dict[str, Any]:

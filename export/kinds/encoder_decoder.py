@@ -57,9 +57,10 @@ class PairJob:
 
     def expect(self, progress: Progress) -> golden.Golden:
         source_name, target_name = (argument.name for argument in self.form.arguments)
-        reference = Reference(self.form.module, self.pair.decoder.all_rows, target_name, source_name)
+        decoder = self.pair.decoder
+        reference = Reference(self.form.module, decoder.all_rows, target_name, source_name, decoder.num_logits)
         sources = Sources(self.pair.source_vocab_size, self.pair.max_source_length)
-        return expect(reference, self.pair.decoder, progress, sources)
+        return expect(reference, decoder, progress, sources)
 
     def save(self, path: Path, expected: golden.Golden) -> None:
         golden.save(path, expected)

@@ -157,8 +157,8 @@ def _kind(name: str) -> Kind | None:
 
 
 def _is_mask(name: str) -> bool:
-    """Whether a parameter cannot be ids: it has a known meaning, or is called a mask."""
-    return _kind(name) is not None or "mask" in name
+    """Whether a parameter cannot be ids: it has a known meaning, or is called a mask or positions."""
+    return _kind(name) is not None or "mask" in name or "pos" in name
 
 
 def _name(module: nn.Module) -> str:

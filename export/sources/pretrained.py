@@ -31,7 +31,9 @@ def check_folder(folder: Path) -> None:
     if config.get("quantization_config"):
         raise SourceError(f"{folder}: the weights are quantised (quantization_config); export the float checkpoint")
     if (folder / "adapter_config.json").is_file():
-        raise SourceError(f"{folder}: holds an adapter (adapter_config.json); merge it into its base model first")
+        raise SourceError(
+            f"{folder}: holds an adapter (adapter_config.json); export its base model and give this folder as --adapter"
+        )
     for name in _INDICES:
         if (folder / name).is_file():
             shards_of(folder / name)

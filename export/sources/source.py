@@ -5,7 +5,8 @@ Decides which kind of source it is and puts together what the other files of thi
 
 import copy
 import itertools
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from os import fspath
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +21,11 @@ from .adapters import Adapter, Says, adapt
 from .forms import EncoderForm, PairForm, encoder_form, is_pair, pair_form
 from .generation import Generation, read_generation
 from .huggingface import is_checkpoint, load_checkpoint
+from .lora import merge_adapter
 from .python import FORMS, build_module
 from .text import TextSide, read_text_side
 from .weights import load_weights
+from .wrappers import unwrap
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,24 @@ class Source:
         return pair_form(self.module)
 
 
-def load_source(reference: str, *, weights: Path | None = None, tokenizer: Path | None = None) -> Source:
+def load_source(
+    reference: str,
+    *,
+    weights: Path | None = None,
+    tokenizer: Path | None = None,
+    adapters: Sequence[Path] = (),
+) -> Source:
     """Load what a user names.
 
     Args:
         reference: a checkpoint folder, `file.py:factory` or `package.module:factory`.
         weights: for a factory, the file whose tensors its module takes.
         tokenizer: a tokenizer.json or a folder that has one; for a folder as reference, instead of its own.
+        adapters: folders of PEFT adapters, merged into the weights one after the other.
     """
     reference = fspath(reference)
     if reference and Path(reference).is_dir():
-        return _from_folder(Path(reference), weights, tokenizer)
+        return _with_adapters(_from_folder(Path(reference), weights, tokenizer), adapters)
     if ":" not in reference:
         raise SourceError(f"{reference!r}: expected {FORMS}; {_what_it_is(reference)}")
     module = _in_float32(build_module(reference), owned=True)
@@ -76,10 +86,18 @@ def load_source(reference: str, *, weights: Path | None = None, tokenizer: Path 
     text = read_text_side(tokenizer) if tokenizer is not None else TextSide()
     target, _, name = reference.rpartition(":")
     shown = f"{Path(target).name}:{name}" if target.endswith(".py") else reference
-    return _with_text(module, "python", shown, text)
+    return _with_adapters(_with_text(module, "python", shown, text), adapters)
 
 
-def from_module(module: nn.Module, tokenizer: Path | None = None) -> Source:
+def _with_adapters(source: Source, adapters: Sequence[Path]) -> Source:
+    """The source with adapters merged into its module, which is ours."""
+    for folder in adapters:
+        merge_adapter(source.module, folder)
+    names = [source.reference, *(folder.resolve().name for folder in adapters)]
+    return replace(source, reference=" + ".join(names))
+
+
+def from_module(module: nn.Module, tokenizer: Path | None = None, adapters: Sequence[Path] = ()) -> Source:
     """Return a live module as a source; the module itself stays as it is.
 
     It is copied if its parameters are not in float32 or not on the CPU. One in training mode is copied without its
@@ -88,8 +106,11 @@ def from_module(module: nn.Module, tokenizer: Path | None = None) -> Source:
     if not isinstance(module, nn.Module):
         raise SourceError(f"expected a torch.nn.Module; got an object of type {type(module).__name__}")
     text = read_text_side(tokenizer) if tokenizer is not None else TextSide()
-    name = type(_uncompiled(module)).__name__
-    return _with_text(_in_float32(module, owned=False), "module", name, text)
+    name = type(unwrap(module)).__name__
+    own = _in_float32(module, owned=False)
+    if adapters:
+        own = _copy(own, shared=[*own.parameters(), *own.buffers()])  # merging replaces tensors and changes none
+    return _with_adapters(_with_text(own, "module", name, text), adapters)
 
 
 def _from_folder(folder: Path, weights: Path | None, tokenizer: Path | None) -> Source:
@@ -142,14 +163,9 @@ def _what_it_is(reference: str) -> str:
     return f"name the factory too: {path.name}:build" if path.suffix == ".py" else "it is a file"
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module that torch.compile wrapped, or the module itself."""
-    return getattr(module, "_orig_mod", module)
-
-
 def _in_float32(module: nn.Module, *, owned: bool) -> nn.Module:
     """Return the module in evaluation mode, float32 and on the CPU; one that is not ours is not changed."""
-    module = adapt(_uncompiled(module))
+    module = adapt(unwrap(module))
     tensors = list(itertools.chain(module.parameters(), module.buffers()))
     if any(tensor.is_meta for tensor in tensors):
         raise SourceError(f"{type(module).__name__}: expected parameters with values; some are on the meta device")

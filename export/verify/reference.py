@@ -24,22 +24,24 @@ LONG = 1024  # tokens: from here on only the wanted rows of a pass become logits
 class Reference:
     """Full passes of a module. `all_rows` is False for a module that gives the last position's logits alone.
 
-    target, source: of an encoder-decoder, the names of the arguments that take the ids.
+    target, source: of an encoder-decoder, the arguments that take the ids. num_logits: how wide logits are.
     """
 
-    def __init__(self, module: nn.Module, all_rows: bool, target: str = "", source: str = "") -> None:
+    def __init__(
+        self, module: nn.Module, all_rows: bool, target: str = "", source: str = "", num_logits: int | None = None
+    ) -> None:
         self.module, self.all_rows = module, all_rows
-        self.target, self.source = target, source
+        self.target, self.source, self.num_logits = target, source, num_logits
 
     def logits(self, ids: Ids, source: Ids | None = None) -> torch.Tensor:
         """ids: (seq,), source: (source,) -> (seq or 1, vocab) float32."""
         row = torch.from_numpy(np.ascontiguousarray(ids))[None]
         with inference_mode_of(self.module):
             if source is None:
-                out = logits_of(self.module(row))
+                out = logits_of(self.module(row), self.num_logits)
             else:
                 given = torch.from_numpy(np.ascontiguousarray(source))[None]
-                out = logits_of(self.module(**{self.source: given, self.target: row}))
+                out = logits_of(self.module(**{self.source: given, self.target: row}), self.num_logits)
         return out.reshape(-1, out.shape[-1]).float()
 
     def check_takes(self, ceiling: int, source_ceiling: int | None = None) -> None:
@@ -123,17 +125,21 @@ def longest_taken(takes: Callable[[int], bool], ceiling: int) -> int:
     return low
 
 
-def logits_of(output: Any) -> torch.Tensor:
-    """The logits among what a module returns: named so, or the tensor, or the first floating-point one of several."""
+def logits_of(output: Any, vocab: int | None = None) -> torch.Tensor:
+    """The logits among what a module returns: named so, or the tensor, or the first one of several as wide as `vocab`.
+
+    Where none is, the first floating-point one.
+    """
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, dict) and "logits" in output:
         return output["logits"]
     if hasattr(output, "logits"):
         return output.logits
-    for leaf in torch.utils._pytree.tree_leaves(output):
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() in (2, 3):
-            return leaf
+    leaves = [n for n in torch.utils._pytree.tree_leaves(output) if isinstance(n, torch.Tensor)]
+    rows = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.dim() in (2, 3)]
+    for leaf in (*(leaf for leaf in rows if leaf.shape[-1] == vocab), *rows):
+        return leaf
     raise ProofError(f"the module returned {type(output).__name__} without logits")
 
 

@@ -30,6 +30,14 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 @click.option(
     "--weights", type=click.Path(path_type=Path), metavar="FILE", help="safetensors, or a state dict of torch.save."
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A PEFT adapter (LoRA) to merge into the weights; repeatable.",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json to take along.")
 @click.option(
     "--dtype",
@@ -78,7 +86,8 @@ def command(source: str, out: Path, kind: str, overwrite: bool, verbose: bool, a
             check_length(name, given[name])
         check_target(out, overwrite)
         status("read the source")
-        module = load_source(source, weights=given.pop("weights"), tokenizer=given.pop("tokenizer"))
+        files = {name: given.pop(name) for name in ("weights", "tokenizer", "adapters")}
+        module = load_source(source, **files)
         report = export_model(module, out, kind=kind, overwrite=overwrite, progress=status, **given)
     if as_json:
         say_json(report.to_dict())
