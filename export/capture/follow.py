@@ -85,7 +85,7 @@ class Follower:
 
     role: what the positions of its inputs are. QUERY, new ones, to be continued from a cache; SOURCE or KEY, all there
     are at once. source: the follower of an encoder-decoder's encoder. observed: collects the weights of attention,
-    (weights, axis of the queries, axis of the keys) each, which then stays as it is written.
+    (node, weights, axis of the queries, axis of the keys) each, which then stays as it is written.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Follower:
         role: Role = Role.QUERY,
         emit: Emitter | None = None,
         source: Follower | None = None,
-        observed: list[tuple[Tensor, int, int]] | None = None,
+        observed: list[tuple[fx.Node, Tensor, int, int]] | None = None,
     ) -> None:
         self.trace, self.positional, self.max_length, self.flavor = trace, positional, max_length, flavor
         self.role, self.source, self.observed = role, source, observed

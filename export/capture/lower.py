@@ -31,23 +31,49 @@ class Side:
     dim: Axis
 
 
+def operator_of(f: Follower, q: Side, v: Side) -> tuple[str, str]:
+    """The operator for sides of these sizes in the flavor asked for, and why it is not the flavor's own."""
+    dim, v_dim = f.size(q.dim), f.size(v.dim)
+    if f.flavor == "standard":
+        return "Attention", ""
+    if dim % 8:
+        return "Attention", f"head size {dim} is not a multiple of 8"
+    if dim != v_dim:
+        return "Attention", f"keys of size {dim}, values of size {v_dim}"
+    return "GroupQueryAttention", ""
+
+
+def can_attend(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> bool:
+    """Whether an operator computes it: that of the standard has no sinks."""
+    return not pattern.sinks or operator_of(f, q, v)[0] == "GroupQueryAttention"
+
+
 def attend(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern, result: Axes) -> Tensor:
     """Write attention in the flavor asked for, or in the next that can express it, and report which.
 
     result: the axes of the module's own result, made of the atoms of the queries' heads and the values' features.
     """
-    dim, v_dim = f.size(q.dim), f.size(v.dim)
-    name, why = ("Attention", "") if f.flavor == "standard" else ("GroupQueryAttention", "")
-    if name == "GroupQueryAttention" and (dim % 8 or dim != v_dim):
-        name = "Attention"
-        why = f"head size {dim} is not a multiple of 8" if dim % 8 else f"keys of size {dim}, values of size {v_dim}"
+    name, why = operator_of(f, q, v)
     f.report_attention(name, str(pattern), why)
+    q = _with_head_scales(f, q, pattern)
     write = _group_query if name == "GroupQueryAttention" else _standard
     value = write(f, q, k, v, pattern)  # (batch, seq, heads * v_dim)
     atoms = flat(result)
     batch, query = (next(a for a in atoms if a.role is role) for role in (Role.BATCH, Role.QUERY))
     base: Axes = ((batch,), (query,), tuple(a for a in atoms if a.role is None))
     return Tensor(value, base, result, q.tensor.dtype)
+
+
+def _with_head_scales(f: Follower, q: Side, pattern: Pattern) -> Side:
+    """The queries times the scale of their head, where heads differ in it."""
+    if not pattern.head_scales:
+        return q
+    atoms = flat(q.tensor.axes)
+    batch, query = (next(a for a in atoms if a.role is role) for role in (Role.BATCH, Role.QUERY))
+    axes: Axes = ((batch,), (query,), q.heads, q.dim)
+    scales = torch.tensor(pattern.head_scales, dtype=q.tensor.dtype)[:, None]
+    value = f.emit.op("Mul", laid_out(f.emit, q.tensor, axes), f.emit.constant(scales.numpy()))
+    return Side(Tensor.of(value, axes, q.tensor.dtype), q.heads, q.dim)
 
 
 def _rows_of(f: Follower, side: Side, four: bool) -> ir.Value:
@@ -101,11 +127,14 @@ def _group_query(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> ir
     past_key, key = f.entry("key", f.size(k.heads), f.size(k.dim), k.tensor.dtype, pattern.window)
     past_value, value = f.entry("value", f.size(v.heads), f.size(v.dim), v.tensor.dtype, pattern.window)
     bias = _bias(f, pattern, window_too=False)
-    optional = () if bias is None else (None, None, None, bias)  # cos_cache, sin_cache, position_ids
+    sinks = f.emit.constant(torch.tensor(pattern.sinks, dtype=q.tensor.dtype).numpy()) if pattern.sinks else None
+    optional = (None, None, None, bias, sinks)  # cos_cache, sin_cache, position_ids
     inputs = (*rows, past_key, past_value, f.emit.seqlens_k(), f.emit.total_length(), *optional)
     sizes: dict[str, Any] = {"num_heads": f.size(q.heads), "kv_num_heads": f.size(k.heads), "scale": pattern.scale}
     if pattern.window is not None:
         sizes["local_window_size"] = pattern.window
+    if pattern.softcap is not None:
+        sizes["softcap"] = pattern.softcap
     made = f.emit.multi("GroupQueryAttention", *inputs, outputs=3, domain=CONTRIB, **sizes)
     f.present(key, made[1])
     f.present(value, made[2])
@@ -123,6 +152,8 @@ def _standard(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> ir.Va
     lengths = f.emit.op("ReduceSum", f.emit.given("attention_mask"), f.emit.constant([1]), keepdims=0)
     inputs = (_rows_of(f, q, four=True), *valid, _bias(f, pattern, window_too=True), None, None, lengths)
     options: dict[str, Any] = {"scale": pattern.scale, "is_causal": 1}
+    if pattern.softcap is not None:  # before what is added, as in GroupQueryAttention
+        options["softcap"] = pattern.softcap
     (out,) = f.emit.multi("Attention", *inputs, outputs=1, version=24, **options)  # (batch, heads, seq, v_dim)
     moved = f.emit.op("Transpose", out, perm=[0, 2, 1, 3])
     return f.emit.op("Reshape", moved, f.emit.constant([0, 0, -1]))

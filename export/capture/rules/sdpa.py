@@ -138,7 +138,7 @@ def written_out(
     value = hide_padding(f, value, axes, len(axes) - 1)
     weights = Tensor.of(f.emit.op("Softmax", value, axis=-1), axes, scores.dtype)
     if f.observed is not None:
-        f.observed.append((weights, len(axes) - 2, len(axes) - 1))
+        f.observed.append((node, weights, len(axes) - 2, len(axes) - 1))
     return product(f, node, weights.seen_as(scores.axes), v)
 
 
