@@ -111,6 +111,7 @@ class Follower:
         self.attention: list[AttentionReport] = []
         self.by_key = False  # whether anything depends on where in the cache a key stands
         self._sides = {"key": 0, "value": 0}
+        self._held: dict[Any, tuple[CacheEntry, ir.Value]] = {}
         self._derived: dict[Any, fx.Node] = {}
 
     @property
@@ -335,6 +336,25 @@ class Follower:
             value, entry.present, DTYPES[entry.dtype], ("batch", entry.num_kv_heads, "length", entry.head_dim)
         )
 
+    def held(self, rows: ir.Value, heads: int, window: int | None = None) -> ir.Value | None:
+        """What another attention holds in the cache of the same new rows, if one does, under the wider window.
+
+        rows: (batch, seq, heads * dim)
+        """
+        if (found := self._held.get((rows, heads))) is None:
+            return None
+        entry, present = found
+        place = next(i for i, other in enumerate(self.entries) if other.past == entry.past)
+        known = self.entries[place].window
+        wider = None if window is None or known is None else max(window, known)
+        self.entries[place] = replace(self.entries[place], window=wider)
+        return present
+
+    def hold(self, rows: ir.Value, heads: int, entry: CacheEntry, present: ir.Value) -> None:
+        """Declare what the cache becomes of new rows, for every attention that wants the same ones."""
+        self._held[rows, heads] = entry, present
+        self.present(entry, present)
+
     def state(self, dtype: torch.dtype, shape: Sequence[int]) -> tuple[ir.Value, StateEntry]:
         """A new past input of fixed size, (batch, *shape), zeros at the beginning, and its entry."""
         number = len(self.states)
@@ -354,10 +374,12 @@ class Follower:
         if len(features) == 1:
             heads, dim = (), (features[0],)
         entry_axes: Axes = ((batch,), heads, (query,), dim)
-        new = laid_out(self.emit, tensor, entry_axes)
-        past, entry = self.entry(side, self.size(heads), self.size(dim), tensor.dtype)
-        present = scatter(self.emit, past, new)
-        self.present(entry, present)
+        rows = laid_out(self.emit, tensor.seen_as(entry_axes), ((batch,), (query,), (*heads, *dim)))
+        present = self.held(rows, self.size(heads))
+        if present is None:
+            past, entry = self.entry(side, self.size(heads), self.size(dim), tensor.dtype)
+            present = scatter(self.emit, past, laid_out(self.emit, tensor, entry_axes))
+            self.hold(rows, self.size(heads), entry, present)
         key = Atom(Role.KEY)
         swapped = tuple(tuple(key if a is query else a for a in axis) for axis in entry_axes)
         axes = tuple(tuple(key if a is query else a for a in axis) for axis in tensor.axes)
