@@ -110,7 +110,7 @@ class Follower:
         self.patterns: dict[Any, Any] = {}
         self.attention: list[AttentionReport] = []
         self.by_key = False  # whether anything depends on where in the cache a key stands
-        self._sides = {"key": 0, "value": 0}
+        self._sides = {"key": 0, "value": 0, "data": 0}
         self._held: dict[Any, tuple[CacheEntry, ir.Value]] = {}
         self._derived: dict[Any, fx.Node] = {}
 
@@ -363,7 +363,15 @@ class Follower:
         return self.emit.input(entry.past, DTYPES[dtype], ("batch", *shape)), entry
 
     def whole(self, tensor: Tensor, side: str) -> Tensor:
-        """The tensor over all positions: its new rows written into a cache entry where each row stands."""
+        """The tensor over all positions: its new rows written into a cache entry where each row stands.
+
+        side: "key" or "value" of an attention, "data" of anything else. Whole numbers and truth values are held as
+        float32, which has room for the ids of any vocabulary.
+        """
+        if not tensor.dtype.is_floating_point:
+            floats = replace(tensor, value=self.emit.cast(tensor.value, torch.float32), dtype=torch.float32)
+            held = self.whole(floats, side)
+            return replace(held, value=self.emit.cast(held.value, tensor.dtype), dtype=tensor.dtype)
         if side == "key":  # one for each attention that stays as it is written
             reason = "not a softmax of scores under a scale, a mask and a bias alone"
             self.report_attention("the module's own operators", "as written", reason)

@@ -55,9 +55,7 @@ def test_what_is_shared_is_held_once(attentions, entries, flavor, tmp_path):
     assert [(a.operator, a.count) for a in report.manifest.attention] == [(operator, len(attentions))]
 
 
-@pytest.mark.parametrize(
-    "windows, held", [((5, 9), 9), ((9, 5), 9), ((5, None), None), ((None, 5), None)], ids=str
-)
+@pytest.mark.parametrize("windows, held", [((5, 9), 9), ((9, 5), 9), ((5, None), None), ((None, 5), None)], ids=str)
 def test_a_shared_entry_holds_the_wider_window(windows, held, tmp_path):
     report = export_and_generate(Layers([("k0", "v0"), ("k0", "v0")], windows), tmp_path)
     assert [entry.window for entry in report.manifest.cache] == [held, held]
@@ -81,3 +79,28 @@ def test_plain_operators_share_what_an_operator_holds(tmp_path):
         "GroupQueryAttention",
         "the module's own operators",
     ]
+
+
+def test_values_of_fewer_heads_than_keys_are_repeated_to_as_many(tmp_path):
+    """They made a graph whose entry of values had another size than its operator gave."""
+
+    class Differential(Layers):
+        def forward(self, ids):
+            x, t = self.tokens(ids), ids.shape[1]
+            q, k, v = (self.split(sides[0](x)) for sides in (self.q, self.k, self.v))
+            weights = (q @ k.mT).masked_fill(future(t), -INF).softmax(-1)
+            first, second = (side.repeat(1, HEADS, 1, 1) for side in v.chunk(HEADS, dim=1))
+            y = weights @ first - 0.5 * (weights.clone() @ second)
+            return self.head(x + y.transpose(1, 2).reshape(x.shape))
+
+    class Grouped(Layers):
+        def forward(self, ids):
+            x = self.tokens(ids)
+            q, k, v = (self.split(sides[0](x)) for sides in (self.q, self.k, self.v))
+            attend = nn.functional.scaled_dot_product_attention
+            y = attend(q, k, v[:, :1].repeat(1, HEADS, 1, 1), is_causal=True)
+            return self.head(x + y.transpose(1, 2).reshape(x.shape))
+
+    for module, folder in ((Differential([]), "differential"), (Grouped([]), "grouped")):
+        report = export_and_generate(module, tmp_path / folder)
+        assert {a.operator for a in report.manifest.attention} <= {"GroupQueryAttention", "the module's own operators"}

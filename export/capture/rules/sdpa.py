@@ -57,6 +57,8 @@ def causal_attention(
     q, k, v = three
     if not (has(q.axes[-2], Role.QUERY) and has(k.axes[-2], Role.QUERY)):
         raise refuse(node, "attends over something else than the sequence")
+    if isinstance(mask, Tensor) and not causal and has(mask.axes[-1], Role.KEY):  # what it hides, only numbers tell
+        return written_out(f, node, three, mask, causal, scale, grouped)
     if isinstance(mask, Tensor) or mask in f.trace.masks or (isinstance(mask, fx.Node) and mask in f.trace.data):
         raise refuse(node, "its mask is computed from the ids", "a mask that is a function of the length would work")
     if mask is None and not causal:
@@ -120,7 +122,8 @@ def written_out(
     if sides is None:
         raise refuse(node, "its queries, keys and values have different numbers of heads")
     if f.observed is None:
-        f.report_attention("the module's own operators", "as written", "keys and values of different sizes, or a table")
+        why = "its mask is data" if isinstance(mask, Tensor) else "keys and values of different sizes, or a table"
+        f.report_attention("the module's own operators", "as written", why)
     k, v = sides[1].tensor, sides[2].tensor
     turned = k.seen_as((*k.axes[:-2], k.axes[-1], k.axes[-2]))
     scores = product(f, node, q, turned)
