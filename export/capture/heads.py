@@ -15,9 +15,8 @@ def sides_of(f: Follower, q: Placed, k: Placed, v: Placed, grouped: bool) -> tup
 
     grouped: fewer key heads than query heads stand for repeated ones (`enable_gqa`).
     """
-    q_tensor = _solid(f, q[0]) if any(a.repeat for a in flat(q[0].axes)) else q[0]
-    q = (q_tensor, q[1], q[2])
-    sides = [Side(q_tensor, _head_atoms(q), q_tensor.axes[q[2]])]
+    queries = query_side(f, q)
+    q, sides = (queries.tensor, q[1], q[2]), [queries]
     for tensor, at, dim in (k, v):
         seen = tensor if grouped else _broadcast(q, (tensor, at, dim))
         atoms = _head_atoms((seen, at, dim))
@@ -27,6 +26,12 @@ def sides_of(f: Follower, q: Placed, k: Placed, v: Placed, grouped: bool) -> tup
             kept = _head_atoms((seen, at, dim))
         sides.append(Side(seen, atoms, seen.axes[dim]))
     return sides[0], *_alike(f, sides[1], sides[2])
+
+
+def query_side(f: Follower, q: Placed) -> Side:
+    """The queries' heads and features; repeats among them are made."""
+    tensor = _solid(f, q[0]) if any(a.repeat for a in flat(q[0].axes)) else q[0]
+    return Side(tensor, _head_atoms((tensor, q[1], q[2])), tensor.axes[q[2]])
 
 
 def _alike(f: Follower, k: Side, v: Side) -> tuple[Side, Side]:

@@ -48,13 +48,14 @@ def can_attend(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern) -> bool
     return not pattern.sinks or operator_of(f, q, v)[0] == "GroupQueryAttention"
 
 
-def attend(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern, result: Axes) -> Tensor:
+def attend(f: Follower, q: Side, k: Side, v: Side, pattern: Pattern, result: Axes, of: str = "") -> Tensor:
     """Write attention in the flavor asked for, or in the next that can express it, and report which.
 
     result: the axes of the module's own result, made of the atoms of the queries' heads and the values' features.
+    of: what keys and values are, in words, where they are no usual ones.
     """
     name, why = operator_of(f, q, v)
-    f.report_attention(name, str(pattern), why)
+    f.report_attention(name, f"{pattern}{of}", why)
     q = _with_head_scales(f, q, pattern)
     write = _group_query if name == "GroupQueryAttention" else _standard
     value = write(f, q, k, v, pattern)  # (batch, seq, heads * v_dim)

@@ -14,7 +14,8 @@ from torch import fx
 
 from ..axes import Atom, Axes, Axis, Role, flat, has, position
 from ..follow import Follower, followed
-from ..heads import full_sides, sides_of
+from ..heads import full_sides, query_side, sides_of
+from ..latent import attend_latent, find_latent
 from ..lower import attend, can_attend
 from ..lower_full import attend_fully
 from ..regions import Region, operands
@@ -87,10 +88,15 @@ def lower_region(f: Follower, region: Region) -> Tensor | None:
         if sinks or full is None or not can_attend_fully(f, pattern, full[1].dim, full[2].dim, crosses):
             return None
         return attend_fully(f, full, pattern, None, result)
+    pattern = replace(pattern, sinks=sinks)
+    keys, values = operands(region.product)[1], operands(region.final)[1]
+    if latent := find_latent(f, (keys, k_at), (values, v_at)):
+        attended = attend_latent(f, query_side(f, (q, *q_at)), latent, pattern, result)
+        if attended is not None:
+            return attended
     sides = sides_of(f, (q, *q_at), (k, *k_at), (v, *v_at), grouped=False)
     if f.size(sides[0].heads) % f.size(sides[1].heads) or f.size(sides[1].heads) != f.size(sides[2].heads):
         return None
-    pattern = replace(pattern, sinks=sinks)
     return attend(f, *sides, pattern, result) if can_attend(f, *sides, pattern) else None
 
 

@@ -12,7 +12,8 @@ from torch import fx
 
 from ..axes import Atom, Axes, Role, has, position
 from ..follow import Follower, followed, rule
-from ..heads import full_sides, sides_of
+from ..heads import full_sides, query_side, sides_of
+from ..latent import attend_latent, find_latent
 from ..lower import attend
 from ..lower_full import LEAST, attend_fully
 from ..scores import Chain, Scores
@@ -69,6 +70,12 @@ def causal_attention(
     pattern = read(f, node, scores, ("sdpa", mask, causal, scale, str(q.axes[:-1])))
     if pattern is None:
         raise refuse(node, "its mask hides a position from itself", "let every token see at least itself")
+    keys, values = arguments(node)[1:3]
+    if latent := find_latent(f, (keys, (-2, -1)), (values, (-2, -1))):
+        queries = query_side(f, (q, -2, -1))
+        attended = attend_latent(f, queries, latent, pattern, (*queries.tensor.axes[:-1], v.axes[-1]))
+        if attended is not None:
+            return attended
     sides = sides_of(f, (q, -2, -1), (k, -2, -1), (v, -2, -1), grouped)
     return attend(f, *sides, pattern, (*sides[0].tensor.axes[:-1], sides[2].dim))
 
