@@ -89,6 +89,16 @@ def substitute(axes: Axes, old: Atom, new: Sequence[Atom]) -> Axes:
     return tuple(tuple(part for atom in axis for part in (new if atom is old else (atom,))) for axis in axes)
 
 
+def distinct(axes: Axes) -> Axes:
+    """The axes of a computed value, in which a tensor may have met itself along another axis: no atom stands twice."""
+    seen: set[Atom] = set()
+    own = []
+    for axis in axes:
+        own.append(tuple(Atom(a.role, a.size, a.repeat) if a in seen else a for a in axis))
+        seen |= set(axis)
+    return tuple(own)
+
+
 def with_role(axes: Axes, old: Role, new: Role) -> Axes:
     return tuple(tuple(Atom(new) if atom.role is old else atom for atom in axis) for axis in axes)
 

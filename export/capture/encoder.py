@@ -72,7 +72,7 @@ def follow_source(
     max_length: int | None,
     flavor: str,
     emit: Emitter | None = None,
-    observed: list[tuple[Tensor, int, int]] | None = None,
+    observed: list[tuple[fx.Node, Tensor, int, int]] | None = None,
 ) -> Follower:
     """A follower of what depends on the source alone, or of all there is of an encoder."""
     positional = Positional(captured, captured.source)

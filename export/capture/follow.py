@@ -91,7 +91,7 @@ class Follower:
 
     role: what the positions of its inputs are. QUERY, new ones, to be continued from a cache; SOURCE or KEY, all there
     are at once. source: the follower of an encoder-decoder's encoder. observed: collects the weights of attention,
-    (weights, axis of the queries, axis of the keys) each, which then stays as it is written.
+    (node, weights, axis of the queries, axis of the keys) each, which then stays as it is written.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Follower:
         role: Role = Role.QUERY,
         emit: Emitter | None = None,
         source: Follower | None = None,
-        observed: list[tuple[Tensor, int, int]] | None = None,
+        observed: list[tuple[fx.Node, Tensor, int, int]] | None = None,
     ) -> None:
         self.trace, self.positional, self.max_length, self.flavor = trace, positional, max_length, flavor
         self.role, self.source, self.observed = role, source, observed
@@ -120,7 +120,8 @@ class Follower:
         self.by_key = False  # whether anything depends on where in the cache a key stands
         self.indexes: dict[ir.Value, Axis] = {}  # of which axis the numbers in a value are the indices
         self.columns: dict[ir.Value, Axes] = {}  # the same of each column of a value of several
-        self._sides = {"key": 0, "value": 0}
+        self._sides = {"key": 0, "value": 0, "data": 0}
+        self._held: dict[Any, tuple[CacheEntry, ir.Value]] = {}
         self._derived: dict[Any, fx.Node] = {}
 
     @property
@@ -381,6 +382,25 @@ class Follower:
             value, entry.present, DTYPES[entry.dtype], ("batch", entry.num_kv_heads, "length", entry.head_dim)
         )
 
+    def held(self, rows: ir.Value, heads: int, window: int | None = None) -> ir.Value | None:
+        """What another attention holds in the cache of the same new rows, if one does, under the wider window.
+
+        rows: (batch, seq, heads * dim)
+        """
+        if (found := self._held.get((rows, heads))) is None:
+            return None
+        entry, present = found
+        place = next(i for i, other in enumerate(self.entries) if other.past == entry.past)
+        known = self.entries[place].window
+        wider = None if window is None or known is None else max(window, known)
+        self.entries[place] = replace(self.entries[place], window=wider)
+        return present
+
+    def hold(self, rows: ir.Value, heads: int, entry: CacheEntry, present: ir.Value) -> None:
+        """Declare what the cache becomes of new rows, for every attention that wants the same ones."""
+        self._held[rows, heads] = entry, present
+        self.present(entry, present)
+
     def state(self, dtype: torch.dtype, shape: Sequence[int]) -> tuple[ir.Value, StateEntry]:
         """A new past input of fixed size, (batch, *shape), zeros at the beginning, and its entry."""
         number = len(self.states)
@@ -389,7 +409,15 @@ class Follower:
         return self.emit.input(entry.past, DTYPES[dtype], ("batch", *shape)), entry
 
     def whole(self, tensor: Tensor, side: str) -> Tensor:
-        """The tensor over all positions: its new rows written into a cache entry where each row stands."""
+        """The tensor over all positions: its new rows written into a cache entry where each row stands.
+
+        side: "key" or "value" of an attention, "data" of anything else. Whole numbers and truth values are held as
+        float32, which has room for the ids of any vocabulary.
+        """
+        if not tensor.dtype.is_floating_point:
+            floats = replace(tensor, value=self.emit.cast(tensor.value, torch.float32), dtype=torch.float32)
+            held = self.whole(floats, side)
+            return replace(held, value=self.emit.cast(held.value, tensor.dtype), dtype=tensor.dtype)
         if side == "key":  # one for each attention that stays as it is written
             reason = "not a softmax of scores under a scale, a mask and a bias alone"
             self.report_attention("the module's own operators", "as written", reason)
@@ -400,10 +428,12 @@ class Follower:
         if len(features) == 1:
             heads, dim = (), (features[0],)
         entry_axes: Axes = ((batch,), heads, (query,), dim)
-        new = laid_out(self.emit, tensor, entry_axes)
-        past, entry = self.entry(side, self.size(heads), self.size(dim), tensor.dtype)
-        present = scatter(self.emit, past, new)
-        self.present(entry, present)
+        rows = laid_out(self.emit, tensor.seen_as(entry_axes), ((batch,), (query,), (*heads, *dim)))
+        present = self.held(rows, self.size(heads))
+        if present is None:
+            past, entry = self.entry(side, self.size(heads), self.size(dim), tensor.dtype)
+            present = scatter(self.emit, past, laid_out(self.emit, tensor, entry_axes))
+            self.hold(rows, self.size(heads), entry, present)
         key = Atom(Role.KEY)
         swapped = tuple(tuple(key if a is query else a for a in axis) for axis in entry_axes)
         axes = tuple(tuple(key if a is query else a for a in axis) for axis in tensor.axes)

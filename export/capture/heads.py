@@ -15,9 +15,8 @@ def sides_of(f: Follower, q: Placed, k: Placed, v: Placed, grouped: bool) -> tup
 
     grouped: fewer key heads than query heads stand for repeated ones (`enable_gqa`).
     """
-    q_tensor = _solid(f, q[0]) if any(a.repeat for a in flat(q[0].axes)) else q[0]
-    q = (q_tensor, q[1], q[2])
-    sides = [Side(q_tensor, _head_atoms(q), q_tensor.axes[q[2]])]
+    queries = query_side(f, q)
+    q, sides = (queries.tensor, q[1], q[2]), [queries]
     for tensor, at, dim in (k, v):
         seen = tensor if grouped else _broadcast(q, (tensor, at, dim))
         atoms = _head_atoms((seen, at, dim))
@@ -25,8 +24,37 @@ def sides_of(f: Follower, q: Placed, k: Placed, v: Placed, grouped: bool) -> tup
         if atoms[: len(kept)] != kept or any(a.repeat for a in seen.axes[dim]):  # repeats that are no group of heads
             seen = _solid(f, seen)
             kept = _head_atoms((seen, at, dim))
-        sides.append(Side(_without_repeats(seen), kept, seen.axes[dim]))
-    return sides[0], sides[1], sides[2]
+        sides.append(Side(seen, atoms, seen.axes[dim]))
+    return sides[0], *_alike(f, sides[1], sides[2])
+
+
+def query_side(f: Follower, q: Placed) -> Side:
+    """The queries' heads and features; repeats among them are made."""
+    tensor = _solid(f, q[0]) if any(a.repeat for a in flat(q[0].axes)) else q[0]
+    return Side(tensor, _head_atoms((tensor, q[1], q[2])), tensor.axes[q[2]])
+
+
+def _alike(f: Follower, k: Side, v: Side) -> tuple[Side, Side]:
+    """Keys and values of equally many heads before they are repeated: of the fewer ones some repeats are made."""
+    count = max(f.size(tuple(a for a in side.heads if not a.repeat)) for side in (k, v))
+    k, v = (_with_heads(f, side, count) for side in (k, v))
+    return k, v
+
+
+def _with_heads(f: Follower, side: Side, count: int) -> Side:
+    """A side whose first repeats are made until it has `count` heads, if that can be, without the others."""
+    made: list[Atom] = []
+    solid = {a: Atom(size=a.size) for a in side.heads if a.repeat}
+    while f.size(tuple(made)) < count and len(made) < len(side.heads):
+        made.append(side.heads[len(made)])
+    if not any(a.repeat for a in made) or f.size(tuple(made)) != count:
+        kept = tuple(a for a in side.heads if not a.repeat)
+        return Side(_without_repeats(side.tensor), kept, side.dim)
+    swapped = tuple(tuple(solid[a] if a in made and a.repeat else a for a in axis) for axis in side.tensor.axes)
+    lies = tuple(tuple(a for a in axis if not a.repeat or a in made) for axis in side.tensor.axes)
+    base = tuple(tuple(solid.get(a, a) for a in axis) for axis in lies)
+    tensor = Tensor(laid_out(f.emit, side.tensor, lies), base, swapped, side.tensor.dtype)
+    return Side(_without_repeats(tensor), tuple(solid.get(a, a) for a in made), side.dim)
 
 
 def _head_atoms(side: Placed) -> Axis:

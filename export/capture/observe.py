@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from torch import fx
 
 from tfinfer.errors import CaptureError
 
@@ -20,19 +21,25 @@ from .walk import follow_all
 
 @dataclass
 class Observed:
-    """The graph of a trace, and for each stack its outputs, (batch, heads, query, key), in the order of its layers."""
+    """The graph of a trace, and for each stack its outputs, (batch, heads, query, key), in the order of its layers.
+
+    nodes: for each output of the graph the node of the trace whose weights it gives, and the axis of its keys.
+    """
 
     trace: Trace
     model: ir.Model
     maps: dict[str, list[str]]
+    nodes: list[tuple[fx.Node, int]]
 
 
 def capture_attention(captured: Trace, max_length: int, max_source_length: int | None = None) -> Observed:
-    """The weights of every softmax over positions: each row sums to 1. Padding masks are taken as full.
+    """The weights of every softmax over positions: each row sums to 1, or less beside a sink.
+
+    Padding masks are taken as full.
 
     Raises CaptureError where the module cannot be followed, or has no such softmax.
     """
-    observed: list[tuple[Tensor, int, int]] = []
+    observed: list[tuple[fx.Node, Tensor, int, int]] = []
     both = captured.seq is not None and captured.source is not None
     emit = Emitter(BOTH_WHOLE if both else ENCODER if captured.seq is None else WHOLE)
     source = None
@@ -49,9 +56,10 @@ def capture_attention(captured: Trace, max_length: int, max_source_length: int |
     if not observed:
         raise CaptureError("the module has no softmax over positions whose weights could be shown")
     maps: dict[str, list[str]] = {}
-    for weights, query, key in observed:
+    for _, weights, query, key in observed:
         _declare(emit, maps, _stack(weights, query, key, both), weights, query, key)
-    return Observed(captured, emit.model("attention", 24 if emit.needs_opset_24 else 21), maps)
+    nodes = [(node, key) for node, _, _, key in observed]
+    return Observed(captured, emit.model("attention", 24 if emit.needs_opset_24 else 21), maps, nodes)
 
 
 def _stack(weights: Tensor, query: int, key: int, both: bool) -> str:

@@ -29,7 +29,7 @@ class Placed:
     @classmethod
     def constant(cls, emit: Emitter, table: torch.Tensor, name: str) -> Placed:
         dims = tuple(i for i, size in enumerate(table.shape) if size != 1)
-        return cls(_table(emit, table.squeeze(), name), dims)
+        return cls(initializer(emit, table.squeeze(), name), dims)
 
     def arranged(self, emit: Emitter, order: Sequence[int], batch: int | None) -> ir.Value:
         """The value with one dimension for every axis, in `order`, leading ones of size 1 left out."""
@@ -45,7 +45,7 @@ class Placed:
         return emit.op("Unsqueeze", value, emit.constant(missing, np.int64)) if missing else value
 
 
-def _table(emit: Emitter, table: torch.Tensor, name: str = "table") -> ir.Value:
+def initializer(emit: Emitter, table: torch.Tensor, name: str = "table") -> ir.Value:
     """An initializer, shared with every table of the same values."""
     table = table.contiguous()
     digest = hashlib.sha256(table.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -63,13 +63,13 @@ def _squeezed(table: torch.Tensor, front: Sequence[int]) -> tuple[torch.Tensor, 
 def gather_rows(emit: Emitter, table: torch.Tensor, axis: int) -> Placed:
     """The rows of `axis` at each row's new positions: (batch, seq, ...)."""
     rows, rest = _squeezed(table, [axis])
-    return Placed(emit.op("Gather", _table(emit, rows), emit.given("position_ids"), axis=0), (BATCH, axis, *rest))
+    return Placed(emit.op("Gather", initializer(emit, rows), emit.given("position_ids"), axis=0), (BATCH, axis, *rest))
 
 
 def slice_positions(emit: Emitter, table: torch.Tensor, axis: int, role: Role) -> Placed:
     """The first rows of `axis`, as many as there are positions of `role`."""
     rows, rest = _squeezed(table, [axis])
-    value = emit.op("Slice", _table(emit, rows), emit.constant([0]), emit.size(role), emit.constant([0]))
+    value = emit.op("Slice", initializer(emit, rows), emit.constant([0]), emit.size(role), emit.constant([0]))
     return Placed(value, (axis, *rest))
 
 
@@ -99,7 +99,7 @@ def gather_by_distance(
         position = emit.op("Unsqueeze", _positions(emit, whole), emit.constant([1]))  # (n, 1)
     keys = _positions(emit, whole or Role.KEY)
     distance = emit.op("Sub", emit.op("Add", position, emit.constant(length - 1)), keys)
-    value = emit.op("Gather", _table(emit, rows), distance, axis=0)
+    value = emit.op("Gather", initializer(emit, rows), distance, axis=0)
     return Placed(value, _squares(rest, query, key, kept, whole is not None))
 
 
@@ -110,10 +110,10 @@ def gather_square(
     rank = table.dim()
     rows, kept = _squeezed(table, [rank - 2, rank - 1])
     if whole is None:
-        gathered = emit.op("Gather", _table(emit, rows), emit.given("position_ids"), axis=0)
+        gathered = emit.op("Gather", initializer(emit, rows), emit.given("position_ids"), axis=0)
         value = emit.op("Slice", gathered, emit.constant([0]), emit.size(Role.KEY), emit.constant([2]))
     else:
         size = emit.size(whole)
         ends = emit.op("Concat", size, size, axis=0)
-        value = emit.op("Slice", _table(emit, rows), emit.constant([0, 0]), ends, emit.constant([0, 1]))
+        value = emit.op("Slice", initializer(emit, rows), emit.constant([0, 0]), ends, emit.constant([0, 1]))
     return Placed(value, _squares(rest, query, key, kept, whole is not None))

@@ -1,7 +1,8 @@
 """What a module does to its attention scores before the softmax, read by its values.
 
 The chain of operations between q k^T and the softmax is run on made-up scores at a few lengths. If it is `scale * score
-+ bias` wherever a key is visible, the attention is a scale, a mask and a bias, however they were written.
++ bias`, or `cap * tanh(scale * score / cap) + bias`, wherever a key is visible, the attention is a scale, a soft cap, a
+mask and a bias, however they were written.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from .trace import arguments, aten, call, is_computed, is_pointwise, mapped
 HIDDEN = -1.2e3
 # The made-up scores beside 0: small ones that a soft cap bends, large ones that only a limit would stop.
 PROBES = (50.0, -150.0, 3e4, -9e4)
+FAR = 1e15  # a score that any soft cap has made its own
+# Scores in units of where a soft cap begins to bend, and a small one that it leaves as it is.
+BENDS = (0.1, -0.4, 0.8, -1.5, 3.0)
+SMALL = 1e-4
 
 IDENTITIES = {
     aten.clone.default,
@@ -56,16 +61,30 @@ class NotCausal(Exception):
 
 @dataclass(frozen=True)
 class Pattern:
-    """Causal attention with a scale, perhaps a window, perhaps a bias per (head or 1, query, key); -inf hides a key."""
+    """Causal attention with a scale, perhaps a window, perhaps a bias per (head or 1, query, key); -inf hides a key.
+
+    softcap: scores become softcap * tanh(scores / softcap) before the bias. sinks: for each head a score that takes
+    part in the softmax and weighs nothing. head_scales: a factor of each head's scores beside `scale`.
+    """
 
     scale: float = 1.0
     window: int | None = None
     bias: PerKey | ByDistance | Square | None = None
+    softcap: float | None = None
+    sinks: tuple[float, ...] = ()
+    head_scales: tuple[float, ...] = ()
 
     def __str__(self) -> str:
-        kind = "causal" if self.window is None else f"causal, window {self.window}"
         names = {PerKey: "a bias per key", ByDistance: "a bias by distance", Square: "a table"}
-        return kind if self.bias is None else f"{kind}, {names[type(self.bias)]}"
+        parts = [
+            "causal",
+            "" if self.window is None else f"window {self.window}",
+            "" if self.softcap is None else f"soft cap {self.softcap:.6g}",
+            "a scale per head" if self.head_scales else "",
+            "" if self.bias is None else names[type(self.bias)],
+            "sinks" if self.sinks else "",
+        ]
+        return ", ".join(part for part in parts if part)
 
 
 def read_pattern(scores: Scores, length: int) -> Pattern | None:
@@ -83,8 +102,8 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
         raise NotCausal(int(rows[row]), key)
     if not visible[:, torch.arange(len(rows)), rows].all():  # a position that does not see itself
         return None
-    scale = _scale(scores, at_zero, visible, rows, length)
-    if scale is None:
+    fit = _fit(scores, at_zero, visible, rows, length)
+    if fit is None:
         return None
 
     def bias(rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -94,7 +113,7 @@ def read_pattern(scores: Scores, length: int) -> Pattern | None:
         value = torch.where(torch.arange(length) > rows[:, None], torch.nan, value)
         return value[:1] if close(value, value[:1].expand_as(value)) else value
 
-    pattern = Pattern(scale=scale)
+    pattern = Pattern(scale=fit.scale, softcap=fit.softcap, head_scales=fit.heads)
     window = int(visible[0, -1].sum())  # of the last row
     if torch.equal(visible, ((columns <= rows[:, None]) & (columns > rows[:, None] - window)).expand_as(visible)):
         pattern = replace(pattern, window=window if window < length else None)
@@ -135,8 +154,8 @@ def read_open(scores: Scores, positional: Positional, length: int) -> OpenPatter
     rows = sampled_rows(length)
     at_zero = scores(0.0, rows, length)
     visible = at_zero > HIDDEN
-    scale = _scale(scores, at_zero, visible, rows, length) if visible.any() else None
-    if scale is None:
+    fit = _fit(scores, at_zero, visible, rows, length) if visible.any() else None
+    if fit is None or fit.softcap is not None or fit.heads:
         return None
 
     def bias(rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -149,7 +168,7 @@ def read_open(scores: Scores, positional: Positional, length: int) -> OpenPatter
         read = read_structure(bias, length) or whole_square(bias, length)
         read = type(read)(read.table.float())
     try:
-        return OpenPattern(scale, read, _read_mask(scores, positional))
+        return OpenPattern(fit.scale, read, _read_mask(scores, positional))
     except Unreadable:
         return None
 
@@ -180,17 +199,54 @@ def _read_mask(scores: Scores, positional: Positional) -> float | None:
     return found
 
 
-def _scale(
-    scores: Scores, at_zero: torch.Tensor, visible: torch.Tensor, rows: torch.Tensor, length: int
-) -> float | None:
-    """The one factor of all visible scores, whatever their size, or None."""
-    scale: float | None = None
-    for probe in PROBES:
-        slope = ((scores(probe, rows, length) - at_zero) / probe)[visible]
-        scale = float(slope[0]) if scale is None else scale
-        if scale == 0 or not close(slope / scale, torch.ones_like(slope)):
-            return None
-    return scale
+@dataclass(frozen=True)
+class Fit:
+    """What becomes of a score without its bias: scale * score, perhaps times a factor of its head, perhaps capped."""
+
+    scale: float
+    heads: tuple[float, ...] = ()
+    softcap: float | None = None
+
+
+def _fit(scores: Scores, at_zero: torch.Tensor, visible: torch.Tensor, rows: torch.Tensor, length: int) -> Fit | None:
+    """The scale of all visible scores, whatever their size, and what bends them; None where it is something else."""
+    heads = at_zero.shape[0]
+    if not visible.flatten(1).any(1).all():
+        return None
+
+    def change(probe: float) -> torch.Tensor:
+        return scores(probe, rows, length) - at_zero
+
+    def first(value: torch.Tensor) -> torch.Tensor:
+        return torch.stack([value[h][visible[h]][0] for h in range(heads)])  # (heads,)
+
+    def agrees(probe: float, expected: torch.Tensor, unit: torch.Tensor) -> bool:
+        """expected, unit: (heads,)"""
+        away = (change(probe) - expected[:, None, None]) / unit[:, None, None]
+        return close(away[visible], torch.zeros_like(away[visible]))
+
+    scales = first(change(PROBES[0])) / PROBES[0]
+    if scales.all() and all(agrees(p, scales * p, (scales * p).abs()) for p in PROBES):
+        return _of_heads(scales, None)
+    cap = float(first(change(FAR)).abs()[0])
+    if not 0 < cap < FAR / 1e6:
+        return None
+    roughly = first(change(SMALL)) / SMALL
+    if not roughly.all():
+        return None
+    bend = cap / float(roughly.abs().max())  # the score at which the cap begins to bend
+    scales = cap * torch.atanh((first(change(bend / 2)) / cap).clamp(-1, 1)) / (bend / 2)
+    probes = (*PROBES, FAR, -FAR, *(bend * factor for factor in BENDS))
+    capped = scales.isfinite().all() and all(
+        agrees(p, cap * torch.tanh(scales * p / cap), torch.full_like(scales, cap)) for p in probes
+    )
+    return _of_heads(scales, cap) if capped else None
+
+
+def _of_heads(scales: torch.Tensor, softcap: float | None) -> Fit:
+    if close(scales / scales[0], torch.ones_like(scales)):
+        return Fit(float(scales[0]), (), softcap)
+    return Fit(1.0, tuple(scales.tolist()), softcap)
 
 
 def _read_bias(bias: Callable[[torch.Tensor, int], torch.Tensor], length: int) -> PerKey | ByDistance | Square | None:
@@ -223,6 +279,17 @@ class Chain:
 
     def sizes(self, axes: Axes, rows: int, length: int) -> list[int]:
         return sizes(axes, 1, rows, self.positional.other if self.crosses else length)
+
+    def result_axes(self) -> Axes:
+        """The axes of what the chain leads to."""
+        axes = self.axes
+        for node in self.nodes:
+            if node.target in VIEWS:
+                grouped = self.symbols.regroup(axes, self.positional.trace.shape(node))
+                if grouped is None:
+                    raise Unreadable(node)
+                axes = grouped[0]
+        return axes
 
     def __call__(self, score: float, rows: torch.Tensor, length: int) -> torch.Tensor:
         """(heads, rows, length) in float64; raises Unreadable for an operation that no reader follows."""

@@ -91,7 +91,8 @@ class Trace:
     """The captured graph of a module.
 
     data: nodes that depend on ids. target: those of them that depend on the ids that are followed by a cache, or on the
-    only ones of a decoder. masks: nodes that depend on a padding mask, and on no ids.
+    only ones of a decoder. masks: nodes that depend on a padding mask, and on no ids. place: a node's number in
+    their order.
     """
 
     module: nn.Module
@@ -106,8 +107,10 @@ class Trace:
     target: set[fx.Node] = field(default_factory=set)
     masks: set[fx.Node] = field(default_factory=set)
     loops: list[Any] = field(default_factory=list)  # `reroll.Rolled`, in the order of their numbers
+    place: dict[fx.Node, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.place = {node: i for i, node in enumerate(self.nodes)}
         for node, argument in self.inputs.items():
             (self.masks if argument.is_mask else self.data).add(node)
             if not argument.source:

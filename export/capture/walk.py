@@ -12,7 +12,7 @@ from .decays import Decay, find_decays
 from .follow import Follower
 from .refusals import told_together
 from .regions import Region, find_region, is_product
-from .rules.attention import lower_region
+from .rules.attention import follow_weights, lower_region
 from .rules.decay import lower_decay
 from .trace import read_for_values
 
@@ -29,20 +29,17 @@ def follow_all(f: Follower, nodes: Collection[fx.Node], wanted: fx.Node | None =
     for node in f.trace.nodes:
         if node not in nodes or node not in needed:
             continue
-        recognise = f.observed is None and node not in inside and is_product(f.trace, node)
-        if recognise and (region := find_region(f.trace, node)):
+        if node not in inside and is_product(f.trace, node) and (region := find_region(f.trace, node)):
             pending[region.final] = region
             inside |= region.inside
         if node in inside:
             continue
         if node in decays and _state(f, decays[node]):
             continue
-        if node in pending and _lower(f, pending[node]):
+        if node in pending and f.observed is None and _lower(f, pending[node]):
             continue
-        if node in pending:  # it stays as it is written
-            for part in f.trace.nodes:
-                if part in pending[node].inside:
-                    f.follow(part)
+        if node in pending:
+            _follow_as_written(f, pending[node])
         f.follow(node)
     if refusals := [*(f.source.refusals if f.source else ()), *f.refusals]:
         raise told_together(refusals) from refusals[0]
@@ -66,6 +63,25 @@ def _state(f: Follower, decay: Decay) -> bool:
     if result is not None:
         f.values[decay.product] = result
     return result is not None
+
+
+def _follow_as_written(f: Follower, region: Region) -> None:
+    """The nodes before the sum over the values; a softmax with sinks, or one by hand, has operators of its own."""
+    for part in (region.product, *region.chain):
+        f.follow(part)
+    if len(region.tail) == 1 or not _weights(f, region):
+        for part in region.tail:
+            f.follow(part)
+    for part in region.after:
+        f.follow(part)
+
+
+def _weights(f: Follower, region: Region) -> bool:
+    try:
+        return follow_weights(f, region)
+    except CaptureError as refusal:
+        f.lose(region.tail[-1], refusal)
+        return True
 
 
 def _needed(wanted: fx.Node) -> set[fx.Node]:

@@ -23,7 +23,7 @@ FAMILIES = {
     "gpt2": [(GQA, "causal", 2)],
     "mistral": [(GQA, "causal, window 7", 2)],
     "bloom": [(GQA, "causal, a bias per key", 2)],
-    "gemma2": [("the module's own operators", "as written", 2)],
+    "gemma2": [(GQA, "causal, window 7, soft cap 50", 1), (GQA, "causal, soft cap 50", 1)],
     "phi3": [(GQA, "causal, window 7", 2)],
     "gpt_neox": [(GQA, "causal", 2)],
     "falcon": [(GQA, "causal", 2)],

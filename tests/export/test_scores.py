@@ -227,7 +227,7 @@ def seen_bias_error(pattern, bias, window, length):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda v, i, j: causal(30 * torch.tanh(v / 30), i, j),
+        lambda v, i, j: causal(30 * torch.erf(v / 30), i, j),
         lambda v, i, j: causal(v.clamp(-20, 20), i, j),
         lambda v, i, j: causal(v.clamp(max=10), i, j),
         lambda v, i, j: causal(v**2, i, j),
@@ -237,7 +237,17 @@ def seen_bias_error(pattern, bias, window, length):
         lambda v, i, j: causal(v / (i + 1), i, j),
         lambda v, i, j: causal(0 * v, i, j),
     ],
-    ids=["soft cap", "clamp", "ceiling", "square", "abs", "relu", "scale by distance", "scale by row", "nothing"],
+    ids=[
+        "another soft cap",
+        "clamp",
+        "ceiling",
+        "square",
+        "abs",
+        "relu",
+        "scale by distance",
+        "scale by row",
+        "nothing",
+    ],
 )
 def test_scores_that_are_bent_are_no_scale(change):
     assert read_pattern(made(change), 60) is None
@@ -248,8 +258,15 @@ def test_a_limit_that_only_large_scores_reach_is_no_scale(limit, scale):
     assert read_pattern(made(lambda v, i, j: causal(v.clamp(-limit, limit), i, j), scale=scale), 60) is None
 
 
-def test_heads_of_different_scale_are_no_scale():
-    scales = torch.tensor([1.0, 2.0])[:, None, None]
+def test_heads_of_different_scale_have_a_scale_each():
+    scales = torch.tensor([1.0, -2.0])[:, None, None]
+    pattern = read_pattern(made(lambda v, i, j: causal(v * scales, i, j), heads=2), 60)
+    assert pattern == Pattern(scale=1.0, head_scales=(0.25, -0.5))
+    assert str(pattern) == "causal, a scale per head"
+
+
+def test_a_head_that_weighs_all_keys_alike_is_no_scale():
+    scales = torch.tensor([1.0, 0.0])[:, None, None]
     assert read_pattern(made(lambda v, i, j: causal(v * scales, i, j), heads=2), 60) is None
 
 
@@ -312,10 +329,6 @@ def future(t):
 
 def plain(m, q, k, t):
     return (q @ k.mT * 0.5).masked_fill(future(t), -INF).softmax(-1)
-
-
-def capped(m, q, k, t):
-    return (5 * torch.tanh(q @ k.mT / 5)).masked_fill(future(t), -1e9).softmax(-1)
 
 
 def sloped(m, q, k, t):
@@ -411,12 +424,6 @@ def test_baddbmm_scales_its_bias_by_beta_and_its_product_by_alpha(patterns):
     torch.testing.assert_close(pattern.bias.table, wanted)
 
 
-def test_a_soft_cap_stays_as_it_is_written(patterns):
-    captured = capture(Attention(capped), max_length=60)
-    assert patterns == [None]
-    assert [r.operator for r in captured.attention] == ["the module's own operators"]
-
-
 def test_a_module_that_sees_its_future_is_refused_with_the_positions():
     def ahead(m, q, k, t):
         return (q @ k.mT).masked_fill(torch.ones(t, t, dtype=torch.bool).triu(3), -INF).softmax(-1)
@@ -425,20 +432,29 @@ def test_a_module_that_sees_its_future_is_refused_with_the_positions():
         capture(Attention(ahead), max_length=60)
 
 
-def test_attention_is_found_only_where_a_softmax_over_the_keys_is_summed_over_values():
+def test_attention_is_found_only_where_its_weights_are_summed_over_values():
     def regions(weigh):
         captured = trace(Attention(weigh))
         return [find_region(captured, n) for n in captured.nodes if n.op == "call_function" and is_product(captured, n)]
 
+    first, *rest = regions(plain)
+    assert first is not None
+    assert rest == [None]
+    assert regions(lambda m, q, k, t: (q @ k.mT).masked_fill(future(t), 0.0)) == [None, None]
+
+
+def test_a_softmax_over_the_queries_is_refused():
     def over_queries(m, q, k, t):
         return (q @ k.mT).masked_fill(future(t), -INF).softmax(-2)
 
+    with pytest.raises(CaptureError, match="mixes positions"):
+        capture(Attention(over_queries), max_length=60)
+
+
+def test_weights_that_are_no_softmax_stay_as_they_are_written():
     def gated(m, q, k, t):
         weights = (q @ k.mT).masked_fill(future(t), -INF).softmax(-1)
         return weights * weights
 
-    first, *rest = regions(plain)
-    assert first is not None
-    assert rest == [None]
-    assert regions(over_queries) == [None, None]
-    assert regions(gated) == [None, None]
+    captured = capture(Attention(gated), max_length=60)
+    assert [r.operator for r in captured.attention] == ["the module's own operators"]

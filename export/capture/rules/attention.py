@@ -12,16 +12,19 @@ from typing import Any
 
 from torch import fx
 
-from ..axes import Atom, Axes, Axis, Role, flat, position
+from ..axes import Atom, Axes, Axis, Role, flat, has, position
 from ..follow import Follower, followed
-from ..heads import full_sides, sides_of
-from ..lower import attend
+from ..heads import full_sides, query_side, sides_of
+from ..latent import attend_latent, find_latent
+from ..lower import attend, can_attend
 from ..lower_full import attend_fully
 from ..regions import Region, operands
 from ..scores import VIEWS, Chain, NotCausal, OpenPattern, Pattern, Scores, Unreadable, read_open, read_pattern
 from ..tables import NotStable, TooLarge
 from ..tensor import Tensor
 from ..trace import arguments, aten, refuse
+from ..weights import read_weights
+from .padding import write_weights
 
 
 def read(f: Follower, node: fx.Node, scores: Scores, key: Any) -> Pattern | None:
@@ -58,34 +61,58 @@ def _read_once(f: Follower, node: fx.Node, key: Any, reading: Callable[[], Any])
 
 def lower_region(f: Follower, region: Region) -> Tensor | None:
     """A written-out attention as one operator, or None where it has to stay as it is written."""
-    q, k, v = (f.value_of(n) for n in (*operands(region.product), operands(region.final)[1]))
-    places, final_places = _places(f, region.product), _places(f, region.final)
-    if places is None or final_places is None:
+    chain = chain_of(f, region)
+    v = f.value_of(operands(region.final)[1])
+    if chain is None or not isinstance(v, Tensor):
         return None
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+    (q, q_at), (k, k_at) = chain.factors
+    final_places = _places(f, region.final)
+    if final_places is None:
         return None
-    (q_at, k_at), (_, v_at) = places, final_places
+    v_at = final_places[1]
     roles = [position(t.axes[i]) for t, i in ((q, q_at[0]), (k, k_at[0]), (v, v_at[0]))]
     fully = roles[1:] == [Role.SOURCE] * 2 and roles[0] is not None
     if any(a.repeat for a in flat(q.axes)) or not (fully or roles == [Role.QUERY] * 3):
         return None
-    axes = _scores_axes(region.product, q, k, Role.SOURCE if fully else Role.KEY)
-    pattern = _pattern(f, region, axes, fully)
-    if pattern is None or pattern.scale <= 0:
+    sinks = sinks_of(f, region, chain)
+    pattern = None if sinks is None else _pattern(f, region, chain, fully)
+    if pattern is None or pattern.scale <= 0 or sinks is None:
         return None
-    after = _after_views(f, region, axes)
+    after = _after_views(f, region, chain.axes)
     if after is None:
         return None
     result = _result_axes(region.final, after, v)
     if isinstance(pattern, OpenPattern):
         full = full_sides(f, (q, *q_at), (k, *k_at), (v, *v_at), grouped=False)
-        if full is None or not can_attend_fully(f, pattern, full[1].dim, full[2].dim, roles[0] is Role.QUERY):
+        crosses = roles[0] is Role.QUERY
+        if sinks or full is None or not can_attend_fully(f, pattern, full[1].dim, full[2].dim, crosses):
             return None
         return attend_fully(f, full, pattern, None, result)
+    pattern = replace(pattern, sinks=sinks)
+    keys, values = operands(region.product)[1], operands(region.final)[1]
+    if latent := find_latent(f, (keys, k_at), (values, v_at)):
+        attended = attend_latent(f, query_side(f, (q, *q_at)), latent, pattern, result)
+        if attended is not None:
+            return attended
     sides = sides_of(f, (q, *q_at), (k, *k_at), (v, *v_at), grouped=False)
     if f.size(sides[0].heads) % f.size(sides[1].heads) or f.size(sides[1].heads) != f.size(sides[2].heads):
         return None
-    return attend(f, *sides, pattern, result)
+    return attend(f, *sides, pattern, result) if can_attend(f, *sides, pattern) else None
+
+
+def follow_weights(f: Follower, region: Region) -> bool:
+    """Give a region's weights their value where its scores have one; False where they are no softmax with sinks."""
+    chain, scores = chain_of(f, region), f.values[region.scores]
+    sinks = None if chain is None else sinks_of(f, region, chain)
+    if chain is None or sinks is None or not isinstance(scores, Tensor):
+        return False
+    where = next(i for i, axis in enumerate(chain.result_axes()) if has(axis, Role.KEY))
+    weights = write_weights(f, scores, where, sinks)
+    f.values[region.tail[-1]] = weights
+    queries = [i for i, own in enumerate(scores.axes) if i != where and position(own)]
+    if f.observed is not None:
+        f.observed.append((region.tail[-1], weights, queries[0], where))
+    return True
 
 
 def can_attend_fully(f: Follower, pattern: OpenPattern, dim: Axis, v_dim: Axis, crosses: bool) -> bool:
@@ -93,13 +120,44 @@ def can_attend_fully(f: Follower, pattern: OpenPattern, dim: Axis, v_dim: Axis, 
     return not crosses or (f.size(dim) == f.size(v_dim) and pattern.bias is None)
 
 
-def _pattern(f: Follower, region: Region, axes: Axes, fully: bool) -> Pattern | OpenPattern | None:
+Factor = tuple[Tensor, tuple[int, int]]  # with the axes of its positions and features
+
+
+class Scored(Chain):
+    """The chain of a region, with the queries and the keys that its scores are made of."""
+
+    factors: tuple[Factor, Factor]
+
+
+def chain_of(f: Follower, region: Region) -> Scored | None:
+    """What is done to a region's scores, ready to be run; None where its product is none of queries and keys."""
+    q, k = (f.value_of(n) for n in operands(region.product))
+    places = _places(f, region.product)
+    if places is None or not (isinstance(q, Tensor) and isinstance(k, Tensor)):
+        return None
+    own, other = (position(t.axes[at[0]]) for t, at in ((q, places[0]), (k, places[1])))
+    if own is None or other is None:
+        return None
+    axes = _scores_axes(region.product, q, k, Role.SOURCE if other is Role.SOURCE else Role.KEY)
     *_, keys = (atom for axis in axes for atom in axis if atom.role not in (None, Role.BATCH))
     of_chain = tuple(tuple(_in_chain(atom, keys) for atom in axis) for axis in axes)
     symbols = replace(f.symbols, seq=f.positional.symbol, key=f.symbols.size(keys))
-    chain = Chain(list(region.chain), region.product, of_chain, f.positional, symbols)
-    key = (chain.signature(), str(axes))
-    return (read_full if fully else read)(f, region.softmax, chain, key)
+    chain = Scored(list(region.chain), region.product, of_chain, f.positional, symbols)
+    chain.factors = (q, places[0]), (k, places[1])
+    return chain
+
+
+def sinks_of(f: Follower, region: Region, chain: Chain) -> tuple[float, ...] | None:
+    """The sinks in a region's softmax, none for a plain one; None where its weights are made in another way."""
+    try:
+        return read_weights(region.tail, chain, f.max_length)
+    except (Unreadable, RuntimeError, StopIteration):  # an operation on other sizes than those of weights
+        return None
+
+
+def _pattern(f: Follower, region: Region, chain: Chain, fully: bool) -> Pattern | OpenPattern | None:
+    key = (chain.signature(), str(chain.axes))
+    return (read_full if fully else read)(f, region.final, chain, key)
 
 
 def _in_chain(atom: Atom, keys: Atom) -> Atom:

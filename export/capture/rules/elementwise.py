@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Axis, Role
+from ..axes import Atom, Axes, Axis, Role, distinct, has
 from ..emitter import DTYPES, Emitter
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, refined, working
@@ -42,14 +42,21 @@ def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
             result.append(solid[0])
         else:
             size = shape[i]
-            result.append(() if size == 1 else (Atom(size=size),) if isinstance(size, int) else _unmatched(node, i))
-    along = [atom for axis in result for atom in axis if atom.role]
-    if len(set(along)) < len(along):
+            result.append(
+                () if size == 1 else (Atom(size=size),) if isinstance(size, int) else _of_table(f, node, i, data)
+            )
+    if [atom.role for axis in result for atom in axis].count(Role.QUERY) > 1:
         raise refuse(node, "each new position meets each other one", "keep a running sum, or attend to the keys")
-    return tuple(result)
+    return distinct(tuple(result))
 
 
-def _unmatched(node: fx.Node, axis: int) -> Axis:
+def _of_table(f: Follower, node: fx.Node, axis: int, data: Sequence[Tensor]) -> Axis:
+    """An axis of positions that a table alone brings along: of the keys beside queries, the other way round as well."""
+    roles = {atom.role for tensor in data for own in tensor.axes for atom in own}
+    if f.is_whole and f.role in roles and f.trace.shape(node)[axis] == f.symbols.size(Atom(f.role)):
+        return (Atom(f.role),)
+    if f.trace.shape(node)[axis] == f.trace.seq and not f.is_whole and len({Role.QUERY, Role.KEY} & roles) == 1:
+        return (Atom(Role.QUERY if Role.KEY in roles else Role.KEY),)
     why = f"a table over positions spreads along axis {axis}, where the data has none"
     raise refuse(node, why, "a mask that is a function of the length alone would work")
 
@@ -69,6 +76,7 @@ def elementwise(
     """
     dtype = dtype or node.meta["val"].dtype
     compute = compute or dtype
+    operands = with_keys(f, node, operands)
     lead = next(o for o in operands if isinstance(o, Tensor))
     alone = [o for o in operands if isinstance(o, (Tensor, fx.Node))] == [lead]
     if alone and node.meta["val"].dim() == lead.rank:  # scalars only: the layout does not matter
@@ -83,6 +91,22 @@ def elementwise(
     values = [_operand(f, node, o, parts, order, compute, keeps_bool) for o in operands]
     result = from_working(make(f.emit, *values), parts, order, dtype)
     return result.seen_as(axes)
+
+
+def with_keys(f: Follower, node: fx.Node, operands: Sequence[Any]) -> list[Any]:
+    """Operands between two axes of positions: what lies along the later one, that of the keys, is needed whole."""
+    shape = f.trace.shape(node)
+    places = [i for i, size in enumerate(shape) if size == f.trace.seq]
+    if f.is_whole or len(places) < 2:
+        return list(operands)
+
+    def along(operand: Any, role: Role) -> set[int]:
+        if not isinstance(operand, Tensor):
+            return set()
+        return {i + len(shape) - operand.rank for i, axis in enumerate(operand.axes) if has(axis, role)}
+
+    keys = {i for o in operands for i in along(o, Role.KEY)} or {places[-1]}
+    return [f.whole(o, "data") if along(o, Role.QUERY) & keys and not along(o, Role.KEY) else o for o in operands]
 
 
 def _order(operands: Sequence[Any], parts: Axes) -> list[int]:

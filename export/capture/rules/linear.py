@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Role, fixed, has
+from ..axes import Atom, Axes, Role, distinct, fixed, has
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, laid_out
 from ..trace import aten, refuse
@@ -84,7 +84,7 @@ def product(f: Follower, node: fx.Node, a: Tensor, b: Tensor) -> Tensor:
     values = [laid_out(f.emit, t) for t in (a, b)]
     values[0] = hide_padding(f, values[0], a.axes, a.rank - 1, 0.0)
     lead = _broadcast_lead(a.axes[:-2], b.axes[:-2])
-    axes = followed((*lead, a.axes[-2], b.axes[-1]))
+    axes = distinct(followed((*lead, a.axes[-2], b.axes[-1])))
     return Tensor.of(f.emit.op("MatMul", *values), axes, node.meta["val"].dtype)
 
 
@@ -118,7 +118,7 @@ def einsum(f: Follower, node: fx.Node, equation: str, operands: list[Any]) -> Te
         break
     value = f.emit.op("Einsum", laid_out(f.emit, a), laid_out(f.emit, b), equation=equation)
     merged = {**axes_b, **axes_a}
-    axes = followed(tuple(axes_b[c] if c in axes_b and not axes_a.get(c) else merged[c] for c in out))
+    axes = distinct(followed(tuple(axes_b[c] if c in axes_b and not axes_a.get(c) else merged[c] for c in out)))
     return Tensor.of(value, axes, node.meta["val"].dtype)
 
 

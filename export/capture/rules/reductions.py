@@ -168,7 +168,7 @@ def softmax(f: Follower, node: fx.Node, x: Tensor, dim: int, *args: Any) -> Tens
     weights = from_working(f.emit.op(name, value, axis=order.index(axis)), followed(x.axes), order, dtype)
     queries = [i for i, own in enumerate(x.axes) if i != axis and position(own)]
     if f.observed is not None and name == "Softmax" and position(x.axes[axis]) and len(queries) == 1:
-        f.observed.append((weights, queries[0], axis))
+        f.observed.append((node, weights, queries[0], axis))
     return weights
 
 

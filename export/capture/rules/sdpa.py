@@ -12,7 +12,8 @@ from torch import fx
 
 from ..axes import Atom, Axes, Role, has, position
 from ..follow import Follower, followed, rule
-from ..heads import full_sides, sides_of
+from ..heads import full_sides, query_side, sides_of
+from ..latent import attend_latent, find_latent
 from ..lower import attend
 from ..lower_full import LEAST, attend_fully
 from ..scores import Chain, Scores
@@ -57,6 +58,8 @@ def causal_attention(
     q, k, v = three
     if not (has(q.axes[-2], Role.QUERY) and has(k.axes[-2], Role.QUERY)):
         raise refuse(node, "attends over something else than the sequence")
+    if isinstance(mask, Tensor) and not causal and has(mask.axes[-1], Role.KEY):  # what it hides, only numbers tell
+        return written_out(f, node, three, mask, causal, scale, grouped)
     if isinstance(mask, Tensor) or mask in f.trace.masks or (isinstance(mask, fx.Node) and mask in f.trace.data):
         raise refuse(node, "its mask is computed from the ids", "a mask that is a function of the length would work")
     if mask is None and not causal:
@@ -67,6 +70,12 @@ def causal_attention(
     pattern = read(f, node, scores, ("sdpa", mask, causal, scale, str(q.axes[:-1])))
     if pattern is None:
         raise refuse(node, "its mask hides a position from itself", "let every token see at least itself")
+    keys, values = arguments(node)[1:3]
+    if latent := find_latent(f, (keys, (-2, -1)), (values, (-2, -1))):
+        queries = query_side(f, (q, -2, -1))
+        attended = attend_latent(f, queries, latent, pattern, (*queries.tensor.axes[:-1], v.axes[-1]))
+        if attended is not None:
+            return attended
     sides = sides_of(f, (q, -2, -1), (k, -2, -1), (v, -2, -1), grouped)
     return attend(f, *sides, pattern, (*sides[0].tensor.axes[:-1], sides[2].dim))
 
@@ -120,7 +129,8 @@ def written_out(
     if sides is None:
         raise refuse(node, "its queries, keys and values have different numbers of heads")
     if f.observed is None:
-        f.report_attention("the module's own operators", "as written", "keys and values of different sizes, or a table")
+        why = "its mask is data" if isinstance(mask, Tensor) else "keys and values of different sizes, or a table"
+        f.report_attention("the module's own operators", "as written", why)
     k, v = sides[1].tensor, sides[2].tensor
     turned = k.seen_as((*k.axes[:-2], k.axes[-1], k.axes[-2]))
     scores = product(f, node, q, turned)
@@ -138,7 +148,7 @@ def written_out(
     value = hide_padding(f, value, axes, len(axes) - 1)
     weights = Tensor.of(f.emit.op("Softmax", value, axis=-1), axes, scores.dtype)
     if f.observed is not None:
-        f.observed.append((weights, len(axes) - 2, len(axes) - 1))
+        f.observed.append((node, weights, len(axes) - 2, len(axes) - 1))
     return product(f, node, weights.seen_as(scores.axes), v)
 
 

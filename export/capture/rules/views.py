@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from ..axes import Atom, Axes, Role, fixed
+from ..axes import Atom, Role, fixed, has, position
 from ..follow import Follower, rule
 from ..tensor import Tensor
 from ..trace import aten, refuse
@@ -53,9 +53,12 @@ def permute(f: Follower, node: fx.Node, x: Tensor, order: list[int]) -> Tensor:
 @rule(aten.expand.default)
 def expand(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     shape = f.trace.shape(node)
-    axes: Axes = ((),) * (len(shape) - x.rank) + x.axes
+    x = x.seen_as(((),) * (len(shape) - x.rank) + x.axes)
+    places = [i for i, size in enumerate(shape) if size == f.trace.seq]
+    if not f.is_whole and len(places) == 2 and has(x.axes[places[1]], Role.QUERY):  # one value for each key
+        x = f.whole(x, "data")
     spread = []
-    for size, axis in zip(shape, axes):
+    for i, (size, axis) in enumerate(zip(shape, x.axes)):
         if axis or size == 1:
             spread.append(axis)
         elif isinstance(size, int):
@@ -63,6 +66,8 @@ def expand(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> 
         elif f.is_whole and size in (f.symbols.size(Atom(f.role)), f.symbols.batch):
             role = Role.BATCH if size == f.symbols.batch else f.role
             spread.append((Atom(role, repeat=True),))
+        elif len(places) == 2 and i in places and position(x.axes[sum(places) - i]):
+            spread.append((Atom(Role.KEY if i == places[1] else Role.QUERY, repeat=True),))
         else:
             raise refuse(node, f"spreads one value along an axis of {size} positions or rows")
     return x.seen_as(tuple(spread))
