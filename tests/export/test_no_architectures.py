@@ -28,10 +28,13 @@ FIELDS = {"model_type", "architectures", "_name_or_path", "name_or_path"}
 NAMES_OF_CLASSES = {"__name__", "__qualname__", "__class__", "__module__"}
 SEARCHES = {"startswith", "endswith", "get", "search", "match", "fullmatch", "find", "count"}
 # transformers is told to load the class that a checkpoint names, whichever it is; nothing is chosen by the name.
-# What Rust's panics are called is no class of models.
+# The others tell apart errors of libraries that cannot be imported, and a function of Python.
 ALLOWED = {
     "export/sources/pretrained.py": {"architectures"},
     "export/sources/text.py": {"a comparison of __name__"},
+    "tfinfer/session/encoder.py": {"a comparison of __module__"},
+    "tfinfer/session/providers.py": {"a comparison of __module__"},
+    "tfinfer/tokens/chat.py": {"a comparison of __name__"},
     "tfinfer/tokens/tokenizer.py": {"a comparison of __name__"},
 }
 
