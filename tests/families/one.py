@@ -34,16 +34,16 @@ class NotBuilt(Exception):
     """PyTorch does not run the family at any size that was tried."""
 
 
-def build(family: str) -> Any:
+def build(family: str, **changes: Any) -> Any:
     """Return a random model of a family at toy size that PyTorch runs on ids alone.
 
-    Raises NotBuilt with the error of the first try.
+    changes: fields of the configuration that are to be so. Raises NotBuilt with the error of the first try.
     """
     default = transformers.AutoConfig.for_model(family)
     errors, started = [], time.perf_counter()
     for kwargs in candidates(default):
         try:
-            return _running(transformers.AutoConfig.for_model(family, **kwargs))
+            return _running(transformers.AutoConfig.for_model(family, **kwargs | changes))
         except Exception as error:  # of any kind: the sizes do not fit each other
             errors.append(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
         if time.perf_counter() - started > SECONDS:
@@ -89,7 +89,7 @@ def run(family: str, folder: Path) -> dict[str, Any]:
         return {"result": type(error).__name__, "why": str(error)[:1500]}
     except Exception:
         return {"result": "crash", "why": traceback.format_exc()[-1500:]}
-    result = "pass" if _generates(model, folder / "out", longest) else "tokens"
+    result = "pass" if generates(model, folder / "out", longest) else "tokens"
     return {
         "result": result,
         "why": "",
@@ -99,8 +99,8 @@ def run(family: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def _generates(model: Any, out: Path, longest: int) -> bool:
-    """Whether greedy tokens are those of full passes in PyTorch."""
+def generates(model: Any, out: Path, longest: int) -> bool:
+    """Whether the folder's greedy tokens, 64 or as many as fit, are those of full passes in PyTorch."""
     torch.manual_seed(1)
     count = min(TOKENS, longest - PROMPT)
     prompt = torch.randint(3, VOCABULARY - 20, (1, PROMPT))

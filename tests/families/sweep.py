@@ -79,13 +79,16 @@ def share(results: list[Result]) -> tuple[int, int]:
     return sum(result["result"] == PASSED for result in ran), len(ran)
 
 
-def sweep(names: list[str], processes: int, limit: float) -> list[Result]:
-    """Return the results in the order of `names`; progress goes to stderr."""
+def sweep(names: list[str], processes: int, limit: float, report: Path | None = None) -> list[Result]:
+    """Return the results in the order of `names`; progress goes to stderr, what is known so far to `report`."""
     results: list[Result] = []
     with concurrent.futures.ThreadPoolExecutor(processes) as pool:
         for result in pool.map(lambda name: run_one(name, limit), names):
             results.append(result)
-            print(f"[{len(results)}/{len(names)}] {result['family']}: {result['result']}", file=sys.stderr, flush=True)
+            told = result["result"] if result["result"] == PASSED else f"{result['result']}: {reason(result)}"
+            print(f"[{len(results)}/{len(names)}] {result['family']}: {told}", file=sys.stderr, flush=True)
+            if report is not None:  # whole at any time, so that a sweep that is stopped still tells
+                report.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -97,9 +100,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180, help="the most that one family may take")
     asked = parser.parse_args()
     started = time.perf_counter()
-    results = sweep(asked.families or families(), asked.processes, asked.seconds)
-    if asked.json:
-        asked.json.write_text(json.dumps(results, indent=1) + "\n")
+    results = sweep(asked.families or families(), asked.processes, asked.seconds, asked.json)
     passed, ran = share(results)
     print("\n".join(table(results)))
     print("\nNot passed:\n" + "\n".join(grouped(results)))
