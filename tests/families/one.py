@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -21,7 +22,8 @@ from shrink import VOCABULARY, candidates
 import tfinfer
 from tfinfer.errors import TfinferError
 from tfinfer.export import export_model
-from tfinfer.export.sources import load_source
+from tfinfer.export.exporter import ExportReport
+from tfinfer.export.sources import Source, load_source
 
 MARK = "RESULT "
 PARAMETERS = 30_000_000
@@ -83,8 +85,7 @@ def run(family: str, folder: Path) -> dict[str, Any]:
     try:
         model.save_pretrained(folder / "checkpoint")
         source = load_source(str(folder / "checkpoint"))
-        longest = min(LONGEST, source.max_length or LONGEST)
-        report = export_model(source, folder / "out", max_length=longest)
+        longest, report = _export(source, folder / "out")
     except TfinferError as error:
         return {"result": type(error).__name__, "why": str(error)[:1500]}
     except Exception:
@@ -97,6 +98,19 @@ def run(family: str, folder: Path) -> dict[str, Any]:
         "states": len(report.manifest.states),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _export(source: Source, out: Path) -> tuple[int, ExportReport]:
+    """The longest length, and the report; where the module allows less than was asked for, the error says how much."""
+    longest = min(LONGEST, source.max_length or LONGEST)
+    try:
+        return longest, export_model(source, out, max_length=longest)
+    except TfinferError as error:
+        allowed = re.search(r"give --max-length (\d+) or less", str(error))
+        if allowed is None or int(allowed[1]) <= 2 * PROMPT:
+            raise
+        longest = int(allowed[1])
+    return longest, export_model(source, out, max_length=longest)
 
 
 def generates(model: Any, out: Path, longest: int) -> bool:
