@@ -1,7 +1,6 @@
 """Hugging Face causal models of toy size, saved as checkpoints and exported by one path that knows none of them.
 
-FAMILIES is the table of them: the family, what its configuration says beside its defaults, and how its attentions were
-written. `make families` takes every other family too.
+tests/families/rows.py is the table of them; `make families` takes every other family too.
 """
 
 import sys
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
 import one
 import sweep
 from click.testing import CliRunner
+from rows import FAMILIES, ROUTED, table
 
 import tfinfer
 from tfinfer.cli.main import tfinfer as cli
@@ -26,43 +26,8 @@ from tfinfer.proof.prove import verify_folder
 pytestmark = [pytest.mark.hf, pytest.mark.filterwarnings("ignore")]
 
 LONGEST = one.PROMPT + one.TOKENS + 7
-GQA, WRITTEN = "GroupQueryAttention", ("the module's own operators", "as written", 2)
-CAUSAL = [(GQA, "causal", 2)]
-WINDOW = [(GQA, "causal, window 7", 2)]
-FAMILIES = {
-    "llama": ({}, CAUSAL),
-    "mistral": ({}, WINDOW),
-    "qwen2": ({}, CAUSAL),
-    "qwen3": ({}, CAUSAL),
-    "gemma": ({}, CAUSAL),
-    "gemma2": ({}, [WRITTEN]),
-    "gemma3_text": ({}, [(GQA, "causal, window 7", 1), (GQA, "causal", 1)]),
-    "phi": ({}, CAUSAL),
-    "phi3": ({"sliding_window": 7}, WINDOW),
-    "gpt2": ({}, CAUSAL),
-    "gpt_neo": ({}, [(GQA, "causal", 1), (GQA, "causal, window 7", 1)]),
-    "gpt_neox": ({}, CAUSAL),
-    "gptj": ({}, CAUSAL),
-    "opt": ({}, CAUSAL),
-    "bloom": ({}, [(GQA, "causal, a bias per key", 2)]),
-    "mpt": ({}, [(GQA, "causal, a bias by distance", 2)]),
-    "falcon": ({}, CAUSAL),
-    "olmo2": ({}, CAUSAL),
-    "stablelm": ({}, CAUSAL),
-    "starcoder2": ({"sliding_window": 7}, WINDOW),
-    "granite": ({}, CAUSAL),
-    "cohere": ({}, CAUSAL),
-    "glm": ({}, CAUSAL),
-    "smollm3": ({}, CAUSAL),
-    "codegen": ({}, CAUSAL),
-    "biogpt": ({}, CAUSAL),
-    "xglm": ({}, CAUSAL),
-    "mixtral": ({}, CAUSAL),
-    "qwen3_moe": ({}, CAUSAL),
-    "olmoe": ({}, CAUSAL),
-}  # fmt: skip
-ROUTED = pytest.mark.xfail(strict=True, reason="the choice of experts is not followed")
-ROWS = [pytest.param(name, marks=ROUTED if name in ("mixtral", "qwen3_moe", "olmoe") else ()) for name in FAMILIES]
+UNROUTED = pytest.mark.xfail(strict=True, reason="the choice of experts is not followed")
+ROWS = [pytest.param(name, marks=UNROUTED if name in ROUTED else ()) for name in FAMILIES]
 
 
 def ways(manifest):
@@ -110,7 +75,12 @@ def test_a_family_that_pytorch_does_not_run_is_not_counted(tmp_path, monkeypatch
     assert found["result"] == sweep.NOT_BUILT
     assert "5" in found["why"]
     results = [{"family": "a", "result": "pass", "why": ""}, {"family": "b", "result": "time", "why": "late"}]
-    assert sweep.share([*results, {"family": "llama", **found}]) == (1, 2)
+    results.append({"family": "llama", **found})
+    assert sweep.share(results) == (1, 2)
+    assert (
+        sweep.summary(results)
+        == "3 families; PyTorch runs 2 of them at toy size; 1 pass (50.0%, at least 90% expected)"
+    )
 
 
 def test_reasons_are_grouped_without_names_and_sizes():
@@ -137,3 +107,4 @@ def test_one_process_per_family_says_what_became_of_it():
 def test_every_family_of_the_table_is_one_of_the_sweep():
     assert set(FAMILIES) <= set(sweep.families())
     assert len(FAMILIES) == 30
+    assert [line.split()[1] for line in table()[2:]] == list(FAMILIES)

@@ -79,6 +79,13 @@ def share(results: list[Result]) -> tuple[int, int]:
     return sum(result["result"] == PASSED for result in ran), len(ran)
 
 
+def summary(results: list[Result]) -> str:
+    """Return the counts in one line."""
+    passed, ran = share(results)
+    counts = f"{len(results)} families; PyTorch runs {ran} of them at toy size; {passed} pass"
+    return f"{counts} ({passed / max(ran, 1):.1%}, at least {LEAST:.0%} expected)"
+
+
 def sweep(names: list[str], processes: int, limit: float, report: Path | None = None) -> list[Result]:
     """Return the results in the order of `names`; progress goes to stderr, what is known so far to `report`."""
     results: list[Result] = []
@@ -101,11 +108,10 @@ def main() -> int:
     asked = parser.parse_args()
     started = time.perf_counter()
     results = sweep(asked.families or families(), asked.processes, asked.seconds, asked.json)
-    passed, ran = share(results)
     print("\n".join(table(results)))
     print("\nNot passed:\n" + "\n".join(grouped(results)))
-    print(f"\n{len(results)} families; PyTorch runs {ran} of them at toy size; {passed} pass", end="")
-    print(f" ({passed / max(ran, 1):.1%}, at least {LEAST:.0%} expected), in {time.perf_counter() - started:.0f} s")
+    print(f"\n{summary(results)}, in {time.perf_counter() - started:.0f} s")
+    passed, ran = share(results)
     return 0 if passed >= LEAST * ran else 1
 
 
