@@ -40,6 +40,7 @@ PAD = WORDS - 1
 PAIRS = {
     "t5": ("T5ForConditionalGeneration", T5, {}),
     "t5-gated": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}, {}),
+    "mt5": ("MT5ForConditionalGeneration", T5, {}),
     "bart": ("BartForConditionalGeneration", BART, {}),
     "marian": (
         "MarianMTModel",
@@ -52,7 +53,8 @@ PAIRS = {
 }
 # What a target begins with, what ends it at the last place, and what is never chosen.
 SAID = {
-    "t5": ((0,), None, ()), "t5-gated": ((0,), None, ()), "bart": ((2,), 2, ()), "marian": ((PAD,), 0, (PAD,)),
+    "t5": ((0,), None, ()), "t5-gated": ((0,), None, ()), "mt5": ((0,), None, ()), "bart": ((2,), 2, ()),
+    "marian": ((PAD,), 0, (PAD,)),
     "mbart": ((0, 7), 2, ()), "pegasus": ((0,), 1, ()), "m2m100": ((2, 9), None, ()),
 }  # fmt: skip
 BEAMS = {"num_beams": 4, "length_penalty": 1.0}
@@ -66,7 +68,7 @@ def make(name, folder):
     torch.manual_seed(0)
     model = kind(kind.config_class(**sizes)).eval()
     with torch.no_grad():
-        if name.startswith("t5"):
+        if "t5" in name:
             model.shared.weight.mul_(0.1)
             model.decoder.final_layer_norm.weight.mul_(40)
         else:
@@ -277,7 +279,7 @@ def assert_nothing_of_the_source_is_made_again(folder, manifest, products):
 
 def test_nothing_of_the_source_is_made_again(pair):
     name, _, ours = pair
-    feed_forward = 3 if name == "t5-gated" else 2
+    feed_forward = 3 if name in ("t5-gated", "mt5") else 2
     assert_nothing_of_the_source_is_made_again(ours.folder, ours.manifest, (4 + 2 + feed_forward) * LAYERS + 1)
 
 

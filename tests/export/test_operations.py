@@ -22,6 +22,11 @@ class Applies(nn.Module):
         return self.head(self.operation(x, self.vector))
 
 
+def places(x):
+    """A table over positions for each row of the batch, (batch, seq, 16)."""
+    return torch.arange(x.shape[1]).float().sin()[None, :, None].expand_as(x)
+
+
 OPERATIONS = {
     "square": lambda x, w: x.square(),
     "relu6": lambda x, w: F.relu6(x * 9),
@@ -37,6 +42,8 @@ OPERATIONS = {
     "gated": lambda x, w: torch.cat([F.glu(x), F.glu(-x)], -1),
     "one side": lambda x, w: x.clamp(min=-0.5) + x.clamp(max=0.5),
     "between": lambda x, w: x.clamp(-1, 1),
+    "joined with a table": lambda x, w: torch.cat([x, places(x), w.expand(*x.shape[:2], 16)], -1)[..., 8:24] + x,
+    "stacked on a table": lambda x, w: torch.stack([places(x), x], 2).sum(2) * x,
     "lerp": lambda x, w: torch.lerp(x, x * 2, w),
     "softmin": lambda x, w: F.softmin(x, -1),
     "log softmax": lambda x, w: F.log_softmax(x, -1),

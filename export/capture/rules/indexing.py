@@ -179,11 +179,13 @@ def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
     shape = f.trace.shape(node)
     dim %= len(shape)
     stacked = node.target is aten.stack.default
-    data = [t for t in tensors if isinstance(t, Tensor)]
-    if not stacked and len(data) == 1 and is_sequence(f, data[0], dim):
-        return put_in_front(f, node, tensors, data[0], dim)
-    if any(not isinstance(t, Tensor) for t in tensors):
-        raise refuse(node, "joins data with a table", "add or multiply tables instead")
+    given = [t for t in tensors if isinstance(t, Tensor)]
+    lead = given[0]
+    if not stacked and len(given) == 1 and is_sequence(f, lead, dim):
+        return put_in_front(f, node, tensors, lead, dim)
+    if not stacked and any(a.role for a in lead.axes[dim]):
+        raise refuse(node, "joins along the positions or rows", "nothing may stand before the first token")
+    data = [t if isinstance(t, Tensor) else _spread(f, t, lead, None if stacked else dim) for t in tensors]
     if stacked:
         data = [t.seen_as((*t.axes[:dim], (), *t.axes[dim:])) for t in data]
     if any(a.role for t in data for a in t.axes[dim]):
@@ -196,6 +198,14 @@ def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
     values = [v if t.dtype == dtype else f.emit.cast(v, dtype) for v, t in zip(values, data)]
     value = f.emit.op("Concat", *values, axis=order.index(dim))
     return from_working(value, (*axes[:dim], (Atom(size=int(shape[dim])),), *axes[dim + 1 :]), order, dtype)
+
+
+def _spread(f: Follower, table: fx.Node, lead: Tensor, dim: int | None) -> Tensor:
+    """A table over the rows and positions of data that it is joined with, along `dim`, where their sizes may differ."""
+    if dim is not None:
+        one = taken(f, lead, dim, 0)
+        lead = one.seen_as((*one.axes[:dim], (), *one.axes[dim:]))
+    return elementwise(f, table, [lead, table], lambda emit, like, x: emit.op("Expand", x, emit.op("Shape", like)))
 
 
 def broadcast_of(f: Follower, node: fx.Node, tensors: list[Tensor], dim: int) -> Axes:
