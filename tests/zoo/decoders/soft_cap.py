@@ -31,7 +31,7 @@ class Decoder(nn.Module):
         self.attention = nn.ModuleList(Attention(dim, heads, soft_cap=5.0) for _ in range(layers))
         self.gate, self.up, self.down = (nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers)) for _ in range(3))
         self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-6) for _ in range(4 * layers))
-        self.final_logit_softcapping = 3.0
+        self.final_logit_softcapping = 30.0
 
     def forward(self, ids):
         T = ids.shape[1]
