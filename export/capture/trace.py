@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.export import Dim
 from torch.nn.modules import transformer
+from torch.utils._sympy.functions import FloorDiv
 
 from tfinfer.errors import CaptureError
+
+from .equations import normalise_einsums
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
@@ -115,7 +119,8 @@ class Trace:
 
     def shape(self, node: fx.Node) -> list[Any]:
         """The sizes of a tensor node: ints, or expressions in `batch`, `seq` and `source`."""
-        return [dim.node.expr if isinstance(dim, torch.SymInt) else int(dim) for dim in node.meta["val"].shape]
+        sizes = node.meta["val"].shape
+        return [_simplified(dim.node.expr) if isinstance(dim, torch.SymInt) else int(dim) for dim in sizes]
 
     def lengths_in(self, shape: Sequence[Any]) -> list[Any]:
         """The sizes of a shape that are a length, or computed from one."""
@@ -131,6 +136,18 @@ class Trace:
         """The nodes that read the values of a node, not its type or shape alone."""
         others = CHECKS | {aten.sym_size.int}
         return [user for user in node.users if user.target not in others and node in read_for_values(user)]
+
+
+def _simplified(size: Any) -> Any:
+    """A size without floor divisions that come out even: what einsum makes of a length is (length**2) // length."""
+    if not size.has(FloorDiv):
+        return size
+
+    def divided(whole: Any, part: Any) -> Any:
+        quotient = sympy.cancel(whole / part)
+        return quotient if quotient.is_polynomial() and quotient.is_integer else FloorDiv(whole, part)
+
+    return size.replace(FloorDiv, divided)
 
 
 def is_computed(node: fx.Node) -> bool:
@@ -229,10 +246,11 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
     graph_module = program.module()
-    nodes = list(graph_module.graph.nodes)
-    placeholders = [n for n in nodes if n.op == "placeholder"]
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, arguments))
     batch, sizes = _symbols(inputs)
+    normalise_einsums(graph_module.graph, list(sizes.values()))
+    nodes = list(graph_module.graph.nodes)
     limits = {}
     for symbol in sizes.values():
         upper = program.range_constraints[symbol].upper

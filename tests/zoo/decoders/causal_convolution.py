@@ -1,6 +1,5 @@
 """A causal 1-d convolution over the last four positions before attention, padded on the left."""
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

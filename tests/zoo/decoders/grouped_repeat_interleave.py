@@ -1,4 +1,4 @@
-"""Grouped heads by `repeat_interleave`: two key/value heads for four query heads, a rotary table by outer product."""
+"""Grouped heads by `repeat_interleave`: two key/value heads for four query heads, rotary by outer product."""
 
 import torch
 import torch.nn.functional as F

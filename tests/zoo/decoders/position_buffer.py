@@ -25,7 +25,11 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden, heads, max_positions):
         super().__init__()
         self.num_attention_heads, self.attention_head_size = heads, hidden // heads
-        self.query, self.key, self.value = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+        self.query, self.key, self.value = (
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, hidden),
+        )
         self.dense, self.dropout = nn.Linear(hidden, hidden), nn.Dropout(0.1)
         causal = torch.tril(torch.ones((max_positions, max_positions), dtype=torch.uint8))
         self.register_buffer("mask", causal.view(1, 1, max_positions, max_positions), persistent=False)

@@ -1,4 +1,4 @@
-"""Rotary positions of neighbouring pairs (GPT-J, RoFormer): x[..., ::2] and x[..., 1::2], tables by repeat_interleave."""
+"""Rotary positions of pairs (GPT-J, RoFormer): x[..., ::2] and x[..., 1::2], tables by repeat_interleave."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""nn.TransformerEncoder, sequence first, told of its causality by a mask of floats from `(triu(ones) == 1).transpose`."""
+"""nn.TransformerEncoder, sequence first, causal by a mask of floats from `(triu(ones) == 1).transpose`."""
 
 import torch
 from torch import nn
