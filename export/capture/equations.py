@@ -30,7 +30,7 @@ def normalise_einsums(graph: fx.Graph, lengths: Sequence[Any]) -> None:
 
 
 def letters_of(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
-    """The letters of each operand and of the result, an ellipsis spelled out; None where a letter stands twice in one."""
+    """The letters of each operand and of the result, an ellipsis spelled out; None where one takes a diagonal."""
     equation = equation.replace(" ", "")
     given, arrow, out = equation.partition("->")
     inputs = given.split(",")

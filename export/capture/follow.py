@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from . import tables
+from .allowed import COMPLEX_RULES, RULES
 from .axes import Atom, Axes, Axis, Role, Symbols, axis_of, flat, position
 from .emitter import DTYPES, Emitter
 from .place import Placed, gather_by_distance, gather_rows, gather_square, slice_positions
@@ -25,8 +26,6 @@ from .tensor import Tensor, laid_out
 from .trace import Kind, Trace, aten, is_computed, mapped, refuse
 
 Rule = Callable[..., "Tensor | list[Tensor] | Complex"]
-RULES: dict[Any, Rule] = {}
-COMPLEX_RULES: dict[Any, Rule] = {}
 # Operations that read a mask made of a padding mask by its values.
 READS_MASKS = {aten.scaled_dot_product_attention.default}
 
@@ -376,5 +375,11 @@ def scatter(emit: Emitter, past: ir.Value, new: ir.Value) -> ir.Value:
 
 
 def followed(axes: Axes) -> Axes:
-    """Axes without repeats: what a computed value has."""
-    return tuple(tuple(Atom(a.role, a.size) if a.repeat else a for a in axis) for axis in axes)
+    """Axes as a computed value has them: without repeats, and every atom once: k times v has a head's size twice."""
+    seen: set[Atom] = set()
+    made = []
+    for axis in axes:
+        fresh = tuple(Atom(a.role, a.size) if a.repeat or a in seen else a for a in axis)
+        seen.update(fresh)
+        made.append(fresh)
+    return tuple(made)

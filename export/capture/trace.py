@@ -26,6 +26,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from tfinfer.errors import CaptureError
 
+from .decompose import decomposed
 from .equations import normalise_einsums
 
 aten = torch.ops.aten
@@ -242,7 +243,9 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
         # torch prints whole graphs beside some of its errors; the error says what is needed of them.
         with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             program = torch.export.export(called, samples, dynamic_shapes=dynamic)
-            program = program.run_decompositions({})  # functional: no in-place operation survives
+            program = decomposed(
+                program.run_decompositions({}), read_for_values
+            )  # functional: no in-place operation survives
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
     graph_module = program.module()

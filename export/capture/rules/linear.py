@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Role, fixed, has
+from ..axes import Atom, Axes, Axis, Role, fixed, has
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, laid_out, refined, size_vector
 from ..trace import aten, refuse
@@ -44,8 +44,11 @@ def linear(f: Follower, node: fx.Node, x: Tensor, weight: fx.Node, bias: fx.Node
 def addmm(
     f: Follower, node: fx.Node, bias: fx.Node, x: Tensor, weight: fx.Node, *, beta: Any = 1, alpha: Any = 1
 ) -> Tensor:
-    if isinstance(bias, Tensor) or not f.is_constant(weight) or (beta, alpha) != (1, 1):
+    if not isinstance(x, Tensor) or not f.is_constant(weight):
         raise refuse(node, "is followed as data times a weight plus a bias")
+    if isinstance(bias, Tensor) or (beta, alpha) != (1, 1):
+        product = times_weight(f, node, x, f.parameter(weight), f.constant(weight).shape[1])
+        return _weighed(f, node, bias, product, beta, alpha)
     return times_weight(f, node, x, f.parameter(weight), f.constant(weight).shape[1], f.parameter(bias))
 
 
@@ -55,19 +58,49 @@ def matmul(f: Follower, node: fx.Node, a: Any, b: Any) -> Tensor:
         return product(f, node, a, b)
     if isinstance(a, Tensor) and f.is_constant(b) and len(f.trace.shape(b)) == 2:
         return times_weight(f, node, a, f.parameter(b), f.constant(b).shape[1])
+    if isinstance(a, Tensor) and f.is_constant(b) and len(f.trace.shape(b)) == 1:  # a number for each position
+        column = f.parameter(f.derived(b, _as_column))
+        result = times_weight(f, node, a, column, 1)
+        return result.seen_as(result.axes[:-1])
+    if isinstance(a, Tensor) and f.is_constant(b) and not has_positions(a.axes[-1]):
+        return _times_stack(f, node, a, b)
     raise refuse(node, "is followed for data times data, and for data times a matrix of weights")
 
 
+def _as_column(vector: torch.Tensor) -> torch.Tensor:
+    return vector[:, None]
+
+
+def has_positions(axis: Axis) -> bool:
+    return any(atom.role for atom in axis)
+
+
+def _times_stack(f: Follower, node: fx.Node, a: Tensor, b: fx.Node) -> Tensor:
+    """Data times matrices of weights, one for each head or expert."""
+    stack = f.trace.shape(b)[:-2]
+    lead: Axes = ((),) * (len(stack) - a.rank + 2) + a.axes[:-2]
+    axes = tuple(own or fixed(int(n)) for own, n in zip(lead[::-1], (*stack[::-1], *[1] * len(lead))))[::-1]
+    value = f.emit.op("MatMul", laid_out(f.emit, a), f.parameter(b))
+    return Tensor.of(value, followed((*axes, a.axes[-2], fixed(int(f.trace.shape(b)[-1])))), a.dtype)
+
+
 @rule(aten.baddbmm.default)
-def baddbmm(f: Follower, node: fx.Node, base: Any, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    scores = product(f, node, a, b)
+def baddbmm(f: Follower, node: fx.Node, base: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _weighed(f, node, base, matmul(f, node, a, b), beta, alpha)  # type: ignore[arg-type]
+
+
+def _weighed(f: Follower, node: fx.Node, base: Any, result: Tensor, beta: Any, alpha: Any) -> Tensor:
+    """beta * base + alpha * result; what is weighed by 0 is not read, whatever it holds."""
     dtype = node.meta["val"].dtype
+    factor = [f.emit.constant(torch.tensor(n, dtype=dtype).numpy()) for n in (beta, alpha)]
+    if beta == 0:
+        return Tensor(f.emit.op("Mul", result.value, factor[1]), result.base, result.axes, result.dtype)
 
     def make(emit: Any, c: ir.Value, s: ir.Value) -> ir.Value:
-        scale = [emit.constant(torch.tensor(n, dtype=dtype).numpy()) for n in (beta, alpha)]
-        return emit.op("Add", emit.op("Mul", c, scale[0]), emit.op("Mul", s, scale[1]))
+        c, s = (v if n == 1 else emit.op("Mul", v, m) for v, n, m in zip((c, s), (beta, alpha), factor))
+        return emit.op("Add", c, s)
 
-    return elementwise(f, node, [base, scores], make)
+    return elementwise(f, node, [base, result], make)
 
 
 def product(f: Follower, node: fx.Node, a: Tensor, b: Tensor) -> Tensor:
@@ -98,7 +131,12 @@ def _broadcast_lead(a: Axes, b: Axes) -> Axes:
 def einsum(f: Follower, node: fx.Node, equation: str, operands: list[Any]) -> Tensor:
     """Two operands, queries or weights first, as `equations.py` leaves them; or one, whose axes are summed up."""
     letters = equation.replace(" ", "").replace("->", ",").split(",")
-    if "->" not in equation or "." in equation or len(letters) not in (2, 3) or any(len({*c}) < len(c) for c in letters):
+    if (
+        "->" not in equation
+        or "." in equation
+        or len(letters) not in (2, 3)
+        or any(len({*c}) < len(c) for c in letters)
+    ):
         raise refuse(node, "takes a diagonal", "take it before with torch.diagonal")
     if len(letters) == 2:
         return _summed(f, node, operands[0], *letters)
