@@ -16,7 +16,7 @@ from torch import fx
 from ..emitter import Emitter
 from ..follow import Follower, rule
 from ..tensor import Tensor
-from ..trace import aten
+from ..trace import aten, refuse
 from .elementwise import Make, elementwise, named, truncated
 
 
@@ -110,7 +110,7 @@ def without_nan(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
 
 @rule(aten.atan2.default)
 def atan2(f: Follower, node: fx.Node, y: Any, x: Any) -> Tensor:
-    """The angle by the half, 2 atan((r - x) / y), which knows the quadrant; on the axis itself 0 or pi."""
+    """The angle by the half, 2 atan((r - x) / y), which knows the quadrant; on the axis itself 0 or pi, as signed."""
 
     def make(emit: Emitter, b: ir.Value, a: ir.Value) -> ir.Value:
         radius = emit.op("Sqrt", emit.op("Add", emit.op("Mul", a, a), emit.op("Mul", b, b)))
@@ -121,8 +121,9 @@ def atan2(f: Follower, node: fx.Node, y: Any, x: Any) -> Tensor:
         far = emit.op("Div", emit.op("Sub", radius, a), b)
         half = emit.op("Where", behind, far, near)
         angle = emit.op("Mul", emit.op("Atan", half), _like(emit, 2.0, a))
-        flat = emit.op("Where", behind, _like(emit, math.pi, a), zero)
-        return emit.op("Where", emit.op("Equal", b, zero), flat, angle)
+        flat = emit.op("Where", _is_negative(emit, a), _like(emit, math.pi, a), zero)
+        signed = emit.op("Where", _is_negative(emit, b), emit.op("Neg", flat), flat)
+        return emit.op("Where", emit.op("Equal", b, zero), signed, angle)
 
     return elementwise(f, node, [y, x], make)
 
@@ -143,3 +144,19 @@ def prelu(f: Follower, node: fx.Node, x: Tensor, weight: fx.Node) -> Tensor:
         return emit.op("Where", emit.op("Less", v, _like(emit, 0.0, v)), emit.op("Mul", v, slope), v)
 
     return elementwise(f, node, [x, weight], make)
+
+
+@rule(aten.rrelu.default)
+def rrelu(
+    f: Follower,
+    node: fx.Node,
+    x: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    *rest: Any,
+) -> Tensor:
+    """In evaluation a leaky ReLU of the mean slope."""
+    if training:
+        raise refuse(node, "draws its slopes at random", "pass training=self.training")
+    return elementwise(f, node, [x], named("LeakyRelu", alpha=float(lower + upper) / 2))
