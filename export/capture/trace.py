@@ -28,6 +28,7 @@ from tfinfer.errors import CaptureError
 
 from .decompose import decomposed
 from .equations import normalise_einsums
+from .spellings import traceable
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
@@ -49,6 +50,7 @@ LIKE = {
 UNTAGGED = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.__xor__.Tensor,
+    aten.masked_fill.Tensor, aten.hardswish.default,
 }  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def inference_mode_of(module: nn.Module) -> Iterator[None]:
     unhinted = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
     hint = mock.patch.object(transformer, "_detect_is_causal_mask", unhinted)
     try:
-        with torch.no_grad(), hint:
+        with torch.no_grad(), hint, traceable(module):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

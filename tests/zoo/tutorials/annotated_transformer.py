@@ -18,8 +18,7 @@ class LayerNorm(nn.Module):
         self.a_2, self.b_2, self.eps = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features)), eps
 
     def forward(self, x):
-        mean = x.mean(-1, keepdim=True)
-        std = x.std(-1, keepdim=True)
+        mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
         return self.a_2 * (x - mean) / (std + self.eps) + self.b_2
 
 
@@ -33,20 +32,14 @@ class SublayerConnection(nn.Module):
 
 
 def subsequent_mask(size):
-    attn_shape = (1, size, size)
-    subsequent_mask = torch.triu(torch.ones(attn_shape), diagonal=1).type(torch.uint8)
-    return subsequent_mask == 0
+    return torch.triu(torch.ones(1, size, size), diagonal=1).type(torch.uint8) == 0
 
 
-def attention(query, key, value, mask=None, dropout=None):
+def attention(query, key, value, mask, dropout):
     d_k = query.size(-1)
     scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(d_k)
-    if mask is not None:
-        scores = scores.masked_fill(mask == 0, -1e9)
-    p_attn = scores.softmax(dim=-1)
-    if dropout is not None:
-        p_attn = dropout(p_attn)
-    return torch.matmul(p_attn, value), p_attn
+    p_attn = scores.masked_fill(mask == 0, -1e9).softmax(dim=-1)
+    return torch.matmul(dropout(p_attn), value), p_attn
 
 
 class MultiHeadedAttention(nn.Module):
@@ -57,8 +50,7 @@ class MultiHeadedAttention(nn.Module):
         self.attn, self.dropout = None, nn.Dropout(p=dropout)
 
     def forward(self, query, key, value, mask=None):
-        if mask is not None:
-            mask = mask.unsqueeze(1)  # Same mask applied to all h heads.
+        mask = mask.unsqueeze(1)  # Same mask applied to all h heads.
         nbatches = query.size(0)
         query, key, value = [
             lin(x).view(nbatches, -1, self.h, self.d_k).transpose(1, 2)
