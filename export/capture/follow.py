@@ -18,6 +18,7 @@ from torch import fx
 from tfinfer.errors import CaptureError
 
 from . import tables
+from .allowed import COMPLEX_RULES, RULES
 from .axes import Atom, Axes, Axis, Role, Symbols, axis_of, flat, position
 from .emitter import DTYPES, Emitter
 from .filled import fill_value
@@ -29,8 +30,6 @@ from .tensor import Tensor, laid_out
 from .trace import Kind, Trace, aten, is_computed, is_pointwise, mapped, refuse
 
 Rule = Callable[..., "Tensor | list[Tensor] | Complex"]
-RULES: dict[Any, Rule] = {}
-COMPLEX_RULES: dict[Any, Rule] = {}
 # Operations that are right for positions and some before them, beside those on each element alone.
 STRETCHABLE: set[Any] = set()
 # Operations that read a mask made of a padding mask by its values.
@@ -460,5 +459,11 @@ def scatter(emit: Emitter, past: ir.Value, new: ir.Value) -> ir.Value:
 
 
 def followed(axes: Axes) -> Axes:
-    """Axes without repeats: what a computed value has."""
-    return tuple(tuple(Atom(a.role, a.size) if a.repeat else a for a in axis) for axis in axes)
+    """Axes as a computed value has them: without repeats, and every atom once: k times v has a head's size twice."""
+    seen: set[Atom] = set()
+    made = []
+    for axis in axes:
+        fresh = tuple(Atom(a.role, a.size) if a.repeat or a in seen else a for a in axis)
+        seen.update(fresh)
+        made.append(fresh)
+    return tuple(made)

@@ -19,15 +19,20 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.export import Dim
 from torch.nn.modules import transformer
+from torch.utils._sympy.functions import FloorDiv
 
 from tfinfer.errors import CaptureError
 
 from .choices import ASKED_OF_VALUES, AllExperts
+from .decompose import decomposed
+from .equations import normalise_einsums
 from .recurrent import operators_for_recurrent_layers
+from .spellings import traceable
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
@@ -50,6 +55,7 @@ LIKE = {
 UNTAGGED = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.__xor__.Tensor,
+    aten.masked_fill.Tensor, aten.hardswish.default,
 }  # fmt: skip
 
 
@@ -131,7 +137,8 @@ class Trace:
 
     def shape(self, node: fx.Node) -> list[Any]:
         """The sizes of a tensor node: ints, or expressions in `batch`, `seq` and `source`."""
-        return [dim.node.expr if isinstance(dim, torch.SymInt) else int(dim) for dim in node.meta["val"].shape]
+        sizes = node.meta["val"].shape
+        return [_simplified(dim.node.expr) if isinstance(dim, torch.SymInt) else int(dim) for dim in sizes]
 
     def lengths_in(self, shape: Sequence[Any]) -> list[Any]:
         """The sizes of a shape that are a length, or computed from one."""
@@ -147,6 +154,18 @@ class Trace:
         """The nodes that read the values of a node, not its type or shape alone."""
         others = CHECKS | {aten.sym_size.int}
         return [user for user in node.users if user.target not in others and node in read_for_values(user)]
+
+
+def _simplified(size: Any) -> Any:
+    """A size without floor divisions that come out even: what einsum makes of a length is (length**2) // length."""
+    if not size.has(FloorDiv):
+        return size
+
+    def divided(whole: Any, part: Any) -> Any:
+        quotient = sympy.cancel(whole / part)
+        return quotient if quotient.is_polynomial() and quotient.is_integer else FloorDiv(whole, part)
+
+    return size.replace(FloorDiv, divided)
 
 
 def is_computed(node: fx.Node) -> bool:
@@ -230,7 +249,8 @@ def inference_mode_of(module: nn.Module) -> Iterator[None]:
     unhinted = lambda mask, is_causal=None, size=None: is_causal is True  # noqa: E731
     hint = mock.patch.object(transformer, "_detect_is_causal_mask", unhinted)
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), hint, _switched_off():
+        off = torch.autocast("cpu", enabled=False)
+        with torch.no_grad(), off, hint, traceable(module), _switched_off():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -292,10 +312,11 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
         if node.target is aten._assert_scalar.default:
             graph_module.graph.erase_node(node)
     graph_module.recompile()
-    nodes = list(graph_module.graph.nodes)
-    placeholders = [n for n in nodes if n.op == "placeholder"]
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, arguments))
     batch, sizes = _symbols(inputs)
+    normalise_einsums(graph_module.graph, list(sizes.values()))
+    nodes = list(graph_module.graph.nodes)
     limits = {}
     for symbol in sizes.values():
         upper = program.range_constraints[symbol].upper
@@ -312,7 +333,7 @@ def _exported(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any
         except ASKED_OF_VALUES:
             with AllExperts():
                 program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-        return program.run_decompositions({})
+        return decomposed(program.run_decompositions({}), read_for_values)
 
 
 def _rerolled(module: nn.Module, ids: Argument, error: Exception) -> tuple[torch.export.ExportedProgram, list[Any]]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..allowed import COMPLEX_RULES, RULES
 from ..axes import fixed
-from ..follow import COMPLEX_RULES, RULES, Complex, Follower, followed, rule
+from ..follow import Complex, Follower, followed, rule
 from ..tensor import Tensor, from_working, working
 from ..trace import aten
 from .elementwise import elementwise, identity, named

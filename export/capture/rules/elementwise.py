@@ -6,24 +6,28 @@ Sources: the ATen signatures (torch/native_functions.yaml) and the ONNX operator
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Axis, Role, distinct, has
+from ..axes import Atom, Axes, Axis, Role, distinct
 from ..emitter import DTYPES, Emitter
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, refined, working
 from ..trace import aten, refuse
+from .meeting import met
 
 Make = Callable[..., ir.Value]
 
 
-def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
-    """The axes of an element-wise result, as numpy and torch broadcast them; positions may only meet their like."""
+def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any], spread: Mapping[int, Axis] | None = None) -> Axes:
+    """The axes of an element-wise result, as numpy and torch broadcast them; positions may only meet their like.
+
+    spread: axes of positions that no data has, along which a table spreads.
+    """
     shape = f.trace.shape(node)
     data = [o for o in operands if isinstance(o, Tensor)]
     result: list[Axis] = []
@@ -42,12 +46,12 @@ def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
             result.append(solid[0])
         else:
             size = shape[i]
-            result.append(
-                () if size == 1 else (Atom(size=size),) if isinstance(size, int) else _of_table(f, node, i, data)
-            )
+            spreads = (spread or {}).get(i)
+            own = (Atom(size=size),) if isinstance(size, int) else None
+            result.append(() if size == 1 else spreads or own or _of_table(f, node, i, data))
     if [atom.role for axis in result for atom in axis].count(Role.QUERY) > 1:
         raise refuse(node, "each new position meets each other one", "keep a running sum, or attend to the keys")
-    return distinct(tuple(result))
+    return distinct(followed(tuple(result)))
 
 
 def _of_table(f: Follower, node: fx.Node, axis: int, data: Sequence[Tensor]) -> Axis:
@@ -76,7 +80,6 @@ def elementwise(
     """
     dtype = dtype or node.meta["val"].dtype
     compute = compute or dtype
-    operands = with_keys(f, node, operands)
     lead = next(o for o in operands if isinstance(o, Tensor))
     alone = [o for o in operands if isinstance(o, (Tensor, fx.Node))] == [lead]
     if alone and node.meta["val"].dim() == lead.rank:  # scalars only: the layout does not matter
@@ -85,28 +88,13 @@ def elementwise(
             for o in operands
         ]
         return Tensor(make(f.emit, *values), lead.base, lead.axes, dtype)
-    axes = broadcast(f, node, operands)
+    operands, spread = met(f, node, operands)
+    axes = broadcast(f, node, operands, spread)
     parts = refined(axes)
     order = _order(operands, parts)
     values = [_operand(f, node, o, parts, order, compute, keeps_bool) for o in operands]
     result = from_working(make(f.emit, *values), parts, order, dtype)
     return result.seen_as(axes)
-
-
-def with_keys(f: Follower, node: fx.Node, operands: Sequence[Any]) -> list[Any]:
-    """Operands between two axes of positions: what lies along the later one, that of the keys, is needed whole."""
-    shape = f.trace.shape(node)
-    places = [i for i, size in enumerate(shape) if size == f.trace.seq]
-    if f.is_whole or len(places) < 2:
-        return list(operands)
-
-    def along(operand: Any, role: Role) -> set[int]:
-        if not isinstance(operand, Tensor):
-            return set()
-        return {i + len(shape) - operand.rank for i, axis in enumerate(operand.axes) if has(axis, role)}
-
-    keys = {i for o in operands for i in along(o, Role.KEY)} or {places[-1]}
-    return [f.whole(o, "data") if along(o, Role.QUERY) & keys and not along(o, Role.KEY) else o for o in operands]
 
 
 def _order(operands: Sequence[Any], parts: Axes) -> list[int]:
@@ -157,6 +145,10 @@ def named(op_type: str, **attributes: Any) -> Make:
     return lambda emit, *values: emit.op(op_type, *values, **attributes)
 
 
+def truncated(emit: Emitter, x: ir.Value) -> ir.Value:
+    return emit.op("Mul", emit.op("Sign", x), emit.op("Floor", emit.op("Abs", x)))
+
+
 UNARY: dict[Any, Make] = {
     aten.neg.default: named("Neg"),
     aten.abs.default: named("Abs"),
@@ -180,6 +172,7 @@ UNARY: dict[Any, Make] = {
     aten.sign.default: named("Sign"),
     aten.logical_not.default: named("Not"),
     aten.isnan.default: named("IsNaN"),
+    aten.isinf.default: named("IsInf"),
     aten.log1p.default: lambda emit, x: emit.op("Log", emit.op("Add", x, _number(emit, 1.0, torch.float32))),
     aten.softplus.default: named("Softplus"),
     aten.square.default: lambda emit, x: emit.op("Mul", x, x),
@@ -194,9 +187,23 @@ UNARY: dict[Any, Make] = {
 
 @rule(*UNARY)
 def unary(f: Follower, node: fx.Node, x: Tensor, *rest: Any) -> Tensor:
-    if rest and any(r not in (1, 20) for r in rest):  # softplus with its own slope or threshold
-        raise refuse(node, "only its default parameters are followed")
+    if node.target is aten.softplus.default:
+        return softplus(f, node, x, *rest)
+    if node.target is aten.logical_not.default:
+        x = Tensor(_cast(f.emit, x.value, x.dtype, torch.bool, False), x.base, x.axes, torch.bool)
     return elementwise(f, node, [x], UNARY[node.target], x.dtype)
+
+
+def softplus(f: Follower, node: fx.Node, x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """Source: torch's Softplus: x itself where beta x is above the threshold."""
+
+    def make(emit: Emitter, v: ir.Value) -> ir.Value:
+        slope = _number(emit, beta, x.dtype)
+        steep = emit.op("Mul", v, slope)
+        bent = emit.op("Div", emit.op("Softplus", steep), slope)
+        return emit.op("Where", emit.op("Greater", steep, _number(emit, threshold, x.dtype)), v, bent)
+
+    return elementwise(f, node, [x], named("Softplus") if (beta, threshold) == (1, 20) else make)
 
 
 @rule(aten.gelu.default)
@@ -273,8 +280,11 @@ def add(f: Follower, node: fx.Node, x: Any, y: Any, *, alpha: Any = 1) -> Tensor
 
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
-def reversed_sub(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
-    return elementwise(f, node, [y, x], named("Sub"))
+def reversed_sub(f: Follower, node: fx.Node, x: Any, y: Any, alpha: Any = 1) -> Tensor:
+    def make(emit: Emitter, a: ir.Value, b: ir.Value) -> ir.Value:
+        return emit.op("Sub", a, b if alpha == 1 else emit.op("Mul", b, _number(emit, alpha, node.meta["val"].dtype)))
+
+    return elementwise(f, node, [y, x], make)
 
 
 BINARY: dict[Any, str] = {
@@ -319,10 +329,11 @@ def binary(f: Follower, node: fx.Node, x: Any, y: Any) -> Tensor:
 def divide(f: Follower, node: fx.Node, x: Any, y: Any, *, rounding_mode: str | None = None) -> Tensor:
     def make(emit: Emitter, a: ir.Value, b: ir.Value) -> ir.Value:
         quotient = emit.op("Div", a, b)
-        return quotient if rounding_mode is None else emit.op("Floor", quotient)
+        rounded = {"floor": named("Floor"), "trunc": truncated}
+        return quotient if rounding_mode is None else rounded[rounding_mode](emit, quotient)
 
-    if rounding_mode not in (None, "floor"):
-        raise refuse(node, "division is followed as it is, or rounded down")
+    if rounding_mode not in (None, "floor", "trunc"):
+        raise refuse(node, "division is followed as it is, or rounded")
     if isinstance(y, (int, float)) and rounding_mode is None and y and math.log2(abs(y)).is_integer():
         return elementwise(f, node, [x, 1 / y], named("Mul"))  # exact for powers of two
     return elementwise(f, node, [x, y], make)

@@ -8,9 +8,9 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Role, distinct, fixed, has
+from ..axes import Atom, Axes, Axis, Role, distinct, fixed, has
 from ..follow import Follower, followed, rule
-from ..tensor import Tensor, laid_out
+from ..tensor import Tensor, laid_out, refined, size_vector
 from ..trace import aten, refuse
 from .elementwise import elementwise
 from .padding import hide_padding
@@ -44,8 +44,11 @@ def linear(f: Follower, node: fx.Node, x: Tensor, weight: fx.Node, bias: fx.Node
 def addmm(
     f: Follower, node: fx.Node, bias: fx.Node, x: Tensor, weight: fx.Node, *, beta: Any = 1, alpha: Any = 1
 ) -> Tensor:
-    if isinstance(bias, Tensor) or not f.is_constant(weight) or (beta, alpha) != (1, 1):
+    if not isinstance(x, Tensor) or not f.is_constant(weight):
         raise refuse(node, "is followed as data times a weight plus a bias")
+    if isinstance(bias, Tensor) or (beta, alpha) != (1, 1):
+        product = times_weight(f, node, x, f.parameter(weight), f.constant(weight).shape[1])
+        return _weighed(f, node, bias, product, beta, alpha)
     return times_weight(f, node, x, f.parameter(weight), f.constant(weight).shape[1], f.parameter(bias))
 
 
@@ -55,19 +58,49 @@ def matmul(f: Follower, node: fx.Node, a: Any, b: Any) -> Tensor:
         return product(f, node, a, b)
     if isinstance(a, Tensor) and f.is_constant(b) and len(f.trace.shape(b)) == 2:
         return times_weight(f, node, a, f.parameter(b), f.constant(b).shape[1])
+    if isinstance(a, Tensor) and f.is_constant(b) and len(f.trace.shape(b)) == 1:  # a number for each position
+        column = f.parameter(f.derived(b, _as_column))
+        result = times_weight(f, node, a, column, 1)
+        return result.seen_as(result.axes[:-1])
+    if isinstance(a, Tensor) and f.is_constant(b) and not has_positions(a.axes[-1]):
+        return _times_stack(f, node, a, b)
     raise refuse(node, "is followed for data times data, and for data times a matrix of weights")
 
 
+def _as_column(vector: torch.Tensor) -> torch.Tensor:
+    return vector[:, None]
+
+
+def has_positions(axis: Axis) -> bool:
+    return any(atom.role for atom in axis)
+
+
+def _times_stack(f: Follower, node: fx.Node, a: Tensor, b: fx.Node) -> Tensor:
+    """Data times matrices of weights, one for each head or expert."""
+    stack = f.trace.shape(b)[:-2]
+    lead: Axes = ((),) * (len(stack) - a.rank + 2) + a.axes[:-2]
+    axes = tuple(own or fixed(int(n)) for own, n in zip(lead[::-1], (*stack[::-1], *[1] * len(lead))))[::-1]
+    value = f.emit.op("MatMul", laid_out(f.emit, a), f.parameter(b))
+    return Tensor.of(value, followed((*axes, a.axes[-2], fixed(int(f.trace.shape(b)[-1])))), a.dtype)
+
+
 @rule(aten.baddbmm.default)
-def baddbmm(f: Follower, node: fx.Node, base: Any, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    scores = product(f, node, a, b)
+def baddbmm(f: Follower, node: fx.Node, base: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return _weighed(f, node, base, matmul(f, node, a, b), beta, alpha)  # type: ignore[arg-type]
+
+
+def _weighed(f: Follower, node: fx.Node, base: Any, result: Tensor, beta: Any, alpha: Any) -> Tensor:
+    """beta * base + alpha * result; what is weighed by 0 is not read, whatever it holds."""
     dtype = node.meta["val"].dtype
+    factor = [f.emit.constant(torch.tensor(n, dtype=dtype).numpy()) for n in (beta, alpha)]
+    if beta == 0:
+        return Tensor(f.emit.op("Mul", result.value, factor[1]), result.base, result.axes, result.dtype)
 
     def make(emit: Any, c: ir.Value, s: ir.Value) -> ir.Value:
-        scale = [emit.constant(torch.tensor(n, dtype=dtype).numpy()) for n in (beta, alpha)]
-        return emit.op("Add", emit.op("Mul", c, scale[0]), emit.op("Mul", s, scale[1]))
+        c, s = (v if n == 1 else emit.op("Mul", v, m) for v, n, m in zip((c, s), (beta, alpha), factor))
+        return emit.op("Add", c, s)
 
-    return elementwise(f, node, [base, scores], make)
+    return elementwise(f, node, [base, result], make)
 
 
 def product(f: Follower, node: fx.Node, a: Tensor, b: Tensor) -> Tensor:
@@ -96,41 +129,82 @@ def _broadcast_lead(a: Axes, b: Axes) -> Axes:
 
 @rule(aten.einsum.default)
 def einsum(f: Follower, node: fx.Node, equation: str, operands: list[Any]) -> Tensor:
-    equation = equation.replace(" ", "")
-    if "->" not in equation or "." in equation or len(operands) != 2:
-        raise refuse(node, "is followed for two operands with every axis named and an explicit result")
-    (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    """Two operands, queries or weights first, as `equations.py` leaves them; or one, whose axes are summed up."""
+    letters = equation.replace(" ", "").replace("->", ",").split(",")
+    if (
+        "->" not in equation
+        or "." in equation
+        or len(letters) not in (2, 3)
+        or any(len({*c}) < len(c) for c in letters)
+    ):
+        raise refuse(node, "takes a diagonal", "take it before with torch.diagonal")
+    if len(letters) == 2:
+        return _summed(f, node, operands[0], *letters)
+    left, right, out = letters
     a, b = operands
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return _einsum_with_weight(f, node, (left, right, out), a, b)
-    key = Atom(Role.KEY)
-    axes_a, axes_b = dict(zip(left, a.axes)), dict(zip(right, b.axes))
-    for letter, axis in axes_b.items():
-        if not has(axis, Role.QUERY):
-            continue
-        other = axes_a.get(letter)
-        if other is not None and has(other, Role.QUERY):
-            if letter in out:
-                continue
-            raise refuse(node, "sums over new positions: a running sum, whose state is not kept")
-        b = f.whole(b, "value" if other is not None else "key")
-        axes_b = {**dict(zip(right, b.axes)), letter: (key,)}
-        break
+        return _einsum_with_table(f, node, (left, right, out), a, b)
+    a, b = _keys_whole(f, node, (left, right, out), a, b)
     value = f.emit.op("Einsum", laid_out(f.emit, a), laid_out(f.emit, b), equation=equation)
-    merged = {**axes_b, **axes_a}
-    axes = distinct(followed(tuple(axes_b[c] if c in axes_b and not axes_a.get(c) else merged[c] for c in out)))
-    return Tensor.of(value, axes, node.meta["val"].dtype)
+    known = {**dict(zip(right, b.axes)), **{c: axis for c, axis in zip(left, a.axes) if axis}}
+    return Tensor.of(value, distinct(followed(tuple(known[c] for c in out))), node.meta["val"].dtype)
 
 
-def _einsum_with_weight(f: Follower, node: fx.Node, letters: tuple[str, str, str], a: Any, b: Any) -> Tensor:
+def _keys_whole(
+    f: Follower, node: fx.Node, letters: tuple[str, str, str], a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The factors with that side over all positions which is listed or summed up over them."""
     left, right, out = letters
-    data, weight, of_data, of_weight = (a, b, left, right) if isinstance(a, Tensor) else (b, a, right, left)
-    if not isinstance(data, Tensor) or not f.is_constant(weight):
+    rows = [c for c, axis in zip(left, a.axes) if has(axis, Role.QUERY)]
+    for letter, axis in zip(right, b.axes):
+        if not has(axis, Role.QUERY) or (letter in out and letter in rows):
+            continue
+        if letter in rows:
+            raise refuse(node, "sums over new positions: a running sum, whose state is not kept")
+        summed = letter in left and letter not in out
+        if not (summed or rows):
+            continue  # what has no positions beside those that have
+        return a, _renamed(f, f.whole(b, "value" if summed else "key"))
+    return a, b
+
+
+def _renamed(f: Follower, whole: Tensor) -> Tensor:
+    """Over all positions, an axis of which is its own from here on."""
+    return Tensor.of(laid_out(f.emit, whole), followed(whole.axes), whole.dtype)
+
+
+def _summed(f: Follower, node: fx.Node, x: Tensor, given: str, out: str) -> Tensor:
+    """Axes in another order, some of them summed up."""
+    for letter, axis in zip(given, x.axes):
+        if letter not in out and any(atom.role for atom in axis):
+            raise refuse(node, "sums over positions or rows")
+    known = dict(zip(given, x.axes))
+    if len(out) == len(given):
+        return x.seen_as(tuple(known[c] for c in out))
+    value = f.emit.op("Einsum", laid_out(f.emit, x), equation=f"{given}->{out}")
+    return Tensor.of(value, followed(tuple(known[c] for c in out)), x.dtype)
+
+
+def _einsum_with_table(f: Follower, node: fx.Node, letters: tuple[str, str, str], a: Any, b: Any) -> Tensor:
+    """Data times weights, or times a table over positions."""
+    left, right, out = letters
+    swapped = not isinstance(a, Tensor)
+    data, table, of_data, of_table = (b, a, right, left) if swapped else (a, b, left, right)
+    if not isinstance(data, Tensor) or not isinstance(table, fx.Node):
         raise refuse(node, "is followed for data with data, and for data with constant weights")
-    summed = {c: axis for c, axis in zip(of_data, data.axes) if c not in out}
-    if any(atom.role for axis in summed.values() for atom in axis):
+    known = dict(zip(of_data, data.axes))
+    if any(atom.role for c, axis in known.items() if c not in out for atom in axis):
         raise refuse(node, "sums over positions or rows with fixed weights")
-    values = {id(data): laid_out(f.emit, data), id(weight): f.parameter(weight)}
-    value = f.emit.op("Einsum", values[id(a)], values[id(b)], equation=f"{left},{right}->{out}")
-    known = {**{c: fixed(int(n)) for c, n in zip(of_weight, f.constant(weight).shape)}, **dict(zip(of_data, data.axes))}
+    for letter, size in zip(of_table, f.trace.shape(table)):
+        if not known.get(letter):  # a feature, or positions that the data does not have: those of the keys
+            known[letter] = fixed(int(size)) if isinstance(size, int) else (Atom(f.role if f.is_whole else Role.KEY),)
+    if f.is_constant(table):
+        weight, names = f.parameter(table), of_table
+    else:
+        batch = next((c for c in of_data if c not in of_table and has(known[c], Role.BATCH)), "")
+        names = batch + of_table
+        axes = tuple(known[c] for c in names)
+        weight = f.beside(table, axes, list(range(len(axes))), data.dtype, node)
+        weight = f.emit.op("Expand", weight, size_vector(f.emit, refined(axes)))
+    value = f.emit.op("Einsum", laid_out(f.emit, data), weight, equation=f"{of_data},{names}->{out}")
     return Tensor.of(value, followed(tuple(known[c] for c in out)), node.meta["val"].dtype)

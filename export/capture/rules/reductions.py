@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -80,8 +82,22 @@ def vector_norm(
     f: Follower, node: fx.Node, x: Tensor, order: float = 2, dims: Any = None, keepdim: bool = False, **kwargs: Any
 ) -> Tensor:
     if order not in (1, 2):
-        raise refuse(node, f"a norm of order {order} is not followed", "orders 1 and 2 are")
+        return _norm_of_order(f, node, x, order, over(f, node, x, dims), keepdim)
     return reduced(f, node, x, over(f, node, x, dims), keepdim, f"ReduceL{order:.0f}")
+
+
+def _norm_of_order(f: Follower, node: fx.Node, x: Tensor, order: float, dims: list[int], keepdim: bool) -> Tensor:
+    """The largest or least size, how many are not 0, or a root of a sum of powers."""
+
+    def number(n: float) -> ir.Value:
+        return f.emit.constant(torch.tensor(n, dtype=x.dtype).numpy())
+
+    size = f.emit.op("Abs", x.value)
+    if math.isinf(order):
+        return reduced(f, node, replace(x, value=size), dims, keepdim, "ReduceMax" if order > 0 else "ReduceMin")
+    terms = f.emit.op("Sign", size) if order == 0 else f.emit.op("Pow", size, number(order))
+    total = reduced(f, node, replace(x, value=terms), dims, keepdim, "ReduceSum")
+    return total if order == 0 else replace(total, value=f.emit.op("Pow", total.value, number(1 / order)))
 
 
 @rule(aten.max.dim, aten.min.dim)

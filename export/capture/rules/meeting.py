@@ -1,0 +1,69 @@
+"""Where new positions meet all positions element by element: what was looked along as keys is needed whole.
+
+A mask made of the ids themselves (`(ids != 0)[:, None, None]`) says of each key whether it may be seen: it becomes a
+cache entry of one number for each position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..axes import Atom, Axis, Role, has, position
+from ..follow import Follower
+from ..tensor import Tensor
+from ..trace import refuse
+
+
+def met(f: Follower, node: fx.Node, operands: Sequence[Any]) -> tuple[list[Any], dict[int, Axis]]:
+    """The operands with those over all positions that have to be, and the axes that only tables have."""
+    rank = node.meta["val"].dim()
+    spread: dict[int, Axis] = {}
+    if f.is_whole or not any(isinstance(o, Tensor) and _places(o, rank) for o in operands):
+        return list(operands), spread
+    query, key = _roles(f, operands, rank)
+    made = []
+    for operand in operands:
+        places = _places(operand, rank) if isinstance(operand, Tensor) else {}
+        wrong = key is not None and places.get(key) is Role.QUERY and (query != key)
+        made.append(whole_rows(f, node, operand) if wrong and len(places) == 1 else operand)
+    for axis, role in ((query, Role.QUERY), (key, Role.KEY)):
+        held = any(isinstance(o, Tensor) and axis in _places(o, rank) for o in made)
+        if axis is not None and not held:
+            spread[axis] = (Atom(role),)
+    return made, spread
+
+
+def _places(tensor: Tensor, rank: int) -> dict[int, Role]:
+    """The axes of the result along which a tensor has positions."""
+    found = ((i + rank - tensor.rank, position(axis)) for i, axis in enumerate(tensor.axes))
+    return {i: role for i, role in found if role in (Role.QUERY, Role.KEY)}
+
+
+def _roles(f: Follower, operands: Sequence[Any], rank: int) -> tuple[int | None, int | None]:
+    """The axes of the result that hold new and all positions, the earlier those of the queries."""
+    along: dict[int, set[Role | None]] = {}
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            for i, role in _places(operand, rank).items():
+                along.setdefault(i, set()).add(role)
+        elif isinstance(operand, fx.Node) and isinstance(operand.meta.get("val"), torch.Tensor):
+            shape = f.trace.shape(operand)
+            for i, size in enumerate(shape):
+                if size == f.trace.seq:
+                    along.setdefault(i + rank - len(shape), set())
+    if len(along) != 2:
+        return None, None
+    keys = [i for i, roles in along.items() if Role.KEY in roles]
+    key = keys[0] if len(keys) == 1 else max(along)
+    return next(i for i in along if i != key), key
+
+
+def whole_rows(f: Follower, node: fx.Node, tensor: Tensor) -> Tensor:
+    """A tensor over all positions; truth values are kept as numbers, which every cache can hold."""
+    if any(has(axis, Role.QUERY) and len(axis) > 1 for axis in tensor.axes):
+        raise refuse(node, "compares positions along an axis that holds more than positions")
+    return f.whole(tensor, "data")

@@ -1,0 +1,52 @@
+"""Scores by torch.baddbmm of a mask and a bias, batch and heads folded, as Megatron and BLOOM have it."""
+
+import torch
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, self.heads, 3, self.head_dim)
+        q = qkv[..., 0, :].transpose(1, 2).reshape(B * self.heads, T, self.head_dim)
+        k = qkv[..., 1, :].permute(0, 2, 3, 1).reshape(B * self.heads, self.head_dim, T)
+        v = qkv[..., 2, :].transpose(1, 2).reshape(B * self.heads, T, self.head_dim)
+        mask = torch.full((T, T), torch.finfo(x.dtype).min, device=x.device).triu(1)
+        scores = torch.baddbmm(mask.expand(B * self.heads, T, T), q, k, beta=1.0, alpha=self.head_dim**-0.5)
+        context = torch.bmm(scores.softmax(dim=-1), v).view(B, self.heads, T, self.head_dim)
+        return self.proj(context.permute(0, 2, 1, 3).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, vocab=61, dim=48, heads=3, layers=2, max_len=96):
+        super().__init__()
+        self.embed, self.pos = nn.Embedding(vocab, dim), nn.Embedding(max_len, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.pos(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def build():
+    return Decoder()

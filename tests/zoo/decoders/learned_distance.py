@@ -1,0 +1,54 @@
+"""A learned bias for each head and distance, clipped, and looked up by the difference of positions."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, clip=16):
+        super().__init__()
+        self.heads, self.clip = heads, clip
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.distance = nn.Parameter(torch.randn(heads, 2 * clip + 1))
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        at = torch.arange(T, device=x.device)
+        distance = (at[None, :] - at[:, None]).clamp(-self.clip, self.clip) + self.clip
+        bias = self.distance[:, distance].unsqueeze(0)  # (1, heads, T, T)
+        bias = bias.masked_fill(at[None, :] > at[:, None], float("-inf"))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, vocab=61, dim=48, heads=3, layers=2, max_len=96):
+        super().__init__()
+        self.embed, self.pos = nn.Embedding(vocab, dim), nn.Embedding(max_len, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.pos(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def build():
+    return Decoder()

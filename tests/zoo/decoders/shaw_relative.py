@@ -1,0 +1,52 @@
+"""Learned relative keys added to the keys of every pair of positions (Shaw et al., 2018)."""
+
+import torch
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads, clip=8):
+        super().__init__()
+        self.heads, self.head_dim, self.clip = heads, dim // heads, clip
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.relative_k = nn.Embedding(2 * clip + 1, self.head_dim)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        at = torch.arange(T)
+        distance = torch.clamp(at[None, :] - at[:, None], -self.clip, self.clip) + self.clip
+        rel = self.relative_k(distance)  # (T, T, D)
+        scores = q @ k.transpose(-2, -1) + torch.einsum("bhid,ijd->bhij", q, rel)
+        scores = (scores / self.head_dim**0.5).masked_fill(at[None, :] > at[:, None], float("-inf"))
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, vocab=61, dim=48, heads=3, layers=2, max_len=96):
+        super().__init__()
+        self.embed, self.pos = nn.Embedding(vocab, dim), nn.Embedding(max_len, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.pos(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def build():
+    return Decoder()

@@ -1,0 +1,52 @@
+"""A mixture of experts that asks every expert and weighs them by a softmax gate."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Experts(nn.Module):
+    def __init__(self, dim, hidden, experts):
+        super().__init__()
+        self.gate = nn.Linear(dim, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim)) for _ in range(experts)
+        )
+
+    def forward(self, x):
+        gates = F.softmax(self.gate(x), dim=-1)  # (B, T, E)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=2)  # (B, T, E, C)
+        return torch.sum(gates.unsqueeze(-1) * outputs, dim=2)
+
+
+class Decoder(nn.Module):
+    def __init__(self, vocab=61, dim=48, heads=3, layers=2, max_len=96):
+        super().__init__()
+        self.embed, self.pos = nn.Embedding(vocab, dim), nn.Embedding(max_len, dim)
+        self.attn = nn.ModuleList(Attention(dim, heads) for _ in range(layers))
+        self.moe = nn.ModuleList(Experts(dim, 2 * dim, 4) for _ in range(layers))
+        self.head = nn.Linear(dim, vocab)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.pos(torch.arange(ids.shape[1]))
+        for attn, moe in zip(self.attn, self.moe):
+            x = x + attn(F.layer_norm(x, x.shape[-1:]))
+            x = x + moe(F.layer_norm(x, x.shape[-1:]))
+        return self.head(x)
+
+
+def build():
+    return Decoder()
