@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import enum
 import io
-import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -25,7 +25,8 @@ from torch.nn.modules import transformer
 
 from tfinfer.errors import CaptureError
 
-from .choices import ASKED_OF_VALUES, AllExperts
+from .choices import ASKED_OF_VALUES
+from .program import INSTEAD, functional_graph
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
@@ -48,12 +49,6 @@ UNTAGGED = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
     aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.__xor__.Tensor,
 }  # fmt: skip
-
-
-INSTEAD = (
-    "what runs, and how large it is, must not depend on the values of the ids: compute both ways and choose by "
-    "torch.where, or pick tokens by torch.where(mask) and put them back by index_add"
-)
 
 
 class Kind(enum.Enum):
@@ -233,14 +228,11 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     try:
         # torch prints whole graphs beside some of its errors; the error says what is needed of them.
         with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            program = _exported(called, samples, dynamic)
+            program, graph_module = functional_graph(called, samples, dynamic, partial(_two_tokens, arguments))
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
-    graph_module = program.module()
-    for node in reversed(graph_module.graph.nodes):  # what was answered in a module's stead need not hold
-        if node.target is aten._assert_scalar.default:
-            graph_module.graph.erase_node(node)
-    graph_module.recompile()
     nodes = list(graph_module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, arguments))
@@ -253,19 +245,13 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits)
 
 
-def _exported(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any) -> torch.export.ExportedProgram:
-    """The functional program of a module; no in-place operation survives."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of every size that data decides
-    try:
-        program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-    except ASKED_OF_VALUES:
-        with AllExperts():
-            program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-    finally:
-        log.setLevel(level)
-    return program.run_decompositions({})
+def _two_tokens(arguments: Sequence[Argument], below: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """One row of two tokens for each argument."""
+    given = [argument.sample(1, 2) for argument in arguments]
+    for argument, tensor in zip(arguments, given):
+        if argument.kind is Kind.IDS:
+            tensor.random_(0, below, generator=generator)
+    return given
 
 
 class _Together(nn.Module):

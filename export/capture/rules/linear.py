@@ -55,7 +55,14 @@ def matmul(f: Follower, node: fx.Node, a: Any, b: Any) -> Tensor:
         return product(f, node, a, b)
     if isinstance(a, Tensor) and f.is_constant(b) and len(f.trace.shape(b)) == 2:
         return times_weight(f, node, a, f.parameter(b), f.constant(b).shape[1])
-    raise refuse(node, "is followed for data times data, and for data times a matrix of weights")
+    if f.is_constant(a) or f.is_constant(b):  # a matrix for each expert, or weights that stand first
+        return product(f, node, *(t if isinstance(t, Tensor) else _as_tensor(f, t) for t in (a, b)))
+    raise refuse(node, "is followed for data times data, and for data times constant weights")
+
+
+def _as_tensor(f: Follower, weight: fx.Node) -> Tensor:
+    value = f.constant(weight)
+    return Tensor.of(f.parameter(weight), tuple(fixed(int(n)) for n in value.shape), value.dtype)
 
 
 @rule(aten.baddbmm.default)
@@ -97,6 +104,8 @@ def _broadcast_lead(a: Axes, b: Axes) -> Axes:
 @rule(aten.einsum.default)
 def einsum(f: Follower, node: fx.Node, equation: str, operands: list[Any]) -> Tensor:
     equation = equation.replace(" ", "")
+    if "->" in equation and "." not in equation and len(operands) > 2:
+        return _einsum_of_many(f, node, equation, operands)
     if "->" not in equation or "." in equation or len(operands) != 2:
         raise refuse(node, "is followed for two operands with every axis named and an explicit result")
     (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
@@ -120,6 +129,22 @@ def einsum(f: Follower, node: fx.Node, equation: str, operands: list[Any]) -> Te
     merged = {**axes_b, **axes_a}
     axes = followed(tuple(axes_b[c] if c in axes_b and not axes_a.get(c) else merged[c] for c in out))
     return Tensor.of(value, axes, node.meta["val"].dtype)
+
+
+def _einsum_of_many(f: Follower, node: fx.Node, equation: str, operands: list[Any]) -> Tensor:
+    """A product of more than two, each position of it by itself."""
+    terms, out = equation.split("->")[0].split(","), equation.split("->")[1]
+    tensors = [t if isinstance(t, Tensor) else _as_tensor(f, t) for t in operands]
+    axes: dict[str, Any] = {}
+    for term, tensor in zip(terms, tensors):
+        for letter, axis in zip(term, tensor.axes):
+            axes[letter] = axes.get(letter) or axis
+    placed = [letter for letter, axis in axes.items() if any(a.role for a in axis)]
+    roles = [a.role for letter in placed for a in axes[letter] if a.role]
+    if any(letter not in out for letter in placed) or len(set(roles)) < len(roles):
+        raise refuse(node, "mixes positions in a product of more than two", "multiply two at a time")
+    value = f.emit.op("Einsum", *(laid_out(f.emit, t) for t in tensors), equation=equation)
+    return Tensor.of(value, followed(tuple(axes[c] for c in out)), node.meta["val"].dtype)
 
 
 def _einsum_with_weight(f: Follower, node: fx.Node, letters: tuple[str, str, str], a: Any, b: Any) -> Tensor:

@@ -1,0 +1,78 @@
+"""A module as a functional program of its operators, and the check of what was answered in its stead on the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tfinfer.errors import CaptureError
+
+from .choices import ASKED_OF_VALUES, AllExperts
+
+aten = torch.ops.aten
+INSTEAD = (
+    "what runs, and how large it is, must not depend on the values of the ids: compute both ways and choose by "
+    "torch.where, or pick tokens by torch.where(mask) and put them back by index_add"
+)
+DRAWS = 24
+
+Draw = Callable[[int, torch.Generator], list[torch.Tensor]]
+
+
+def functional_graph(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any, draw: Draw) -> Any:
+    """The exported program of `module(*samples)`, no in-place operation in it, and its graph.
+
+    draw: two tokens below a number, as the module takes them. Raises CaptureError where control flow on data changes
+    what the module computes, and what torch.export raises.
+    """
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level, answered = log.level, False
+    log.setLevel(logging.ERROR)  # it warns of every size that data decides
+    try:
+        program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+    except ASKED_OF_VALUES:
+        answered = True
+        with AllExperts():
+            program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+    finally:
+        log.setLevel(level)
+    program = program.run_decompositions({})
+    if answered:
+        _check_answers(module, _without_assertions(program), draw)
+    return program, _without_assertions(program)
+
+
+def _without_assertions(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The graph of a program; what was answered in its module's stead need not hold."""
+    made = program.module(check_guards=False)
+    for node in reversed(made.graph.nodes):
+        if node.target is aten._assert_scalar.default:
+            made.graph.erase_node(node)
+    made.recompile()
+    return made
+
+
+def _check_answers(module: nn.Module, graph: fx.GraphModule, draw: Draw) -> None:
+    """Two tokens leave experts without any: there the graph must still compute what the module does."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DRAWS):
+        given = draw(_vocabulary(graph), generator)
+        for expected, found in zip(*(torch.utils._pytree.tree_leaves(m(*given)) for m in (module, graph))):
+            if not (isinstance(expected, torch.Tensor) and expected.is_floating_point()):
+                continue
+            if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise CaptureError(f"control flow on data changes what the module computes; {INSTEAD}")
+
+
+def _vocabulary(graph: fx.GraphModule) -> int:
+    """The least number of rows of any table: ids below it may be looked up in all."""
+    tables = []
+    for node in graph.graph.nodes:
+        if node.target is aten.embedding.default:
+            arguments: Any = node.args
+            tables.append(arguments[0].meta["val"].shape[0])
+    return int(min(tables, default=2))
