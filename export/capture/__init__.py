@@ -1,6 +1,6 @@
 """A module into ONNX graphs, cached where it generates, by following the sequence axis. Knows no architecture."""
 
-from .capture import DEFAULT_MAX_LENGTH, Captured, capture, capture_decoder
+from .capture import DEFAULT_MAX_LENGTH, Captured, capture, capture_decoder, trace_decoder
 from .encoder import CapturedEncoder, capture_encoder
 from .encoder_decoder import CapturedPair, capture_encoder_decoder
 from .follow import AttentionReport, CacheEntry, StateEntry
@@ -25,4 +25,5 @@ __all__ = [
     "capture_encoder",
     "capture_encoder_decoder",
     "trace",
+    "trace_decoder",
 ]

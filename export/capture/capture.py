@@ -10,9 +10,11 @@ from torch import nn
 from tfinfer.errors import CaptureError
 
 from . import rules  # noqa: F401  (registers the allow-list)
+from .chunks import chunks_of_one
 from .follow import AttentionReport, CacheEntry, Follower, StateEntry
 from .outputs import declare_logits, find_logits, vocabulary
 from .positional import Positional, longest_length, read_by_data
+from .states import drop_unused
 from .trace import Trace, trace
 from .walk import follow_all
 
@@ -42,7 +44,13 @@ def capture(module: nn.Module, *, max_length: int | None = None, flavor: str = "
     input_ids: (batch, seq); logits: (batch, seq or 1, vocab), alone or first in a tuple, or as `logits` of a dict.
     Raises CaptureError with the module path, the source line and the operation where it cannot be followed.
     """
-    return capture_decoder(trace(module), max_length=max_length, flavor=flavor)
+    return capture_decoder(trace_decoder(module), max_length=max_length, flavor=flavor)
+
+
+def trace_decoder(module: nn.Module) -> Trace:
+    """As `trace`, with its chunked scans in chunks of one token. Raises CaptureError."""
+    with chunks_of_one(module):
+        return trace(module)
 
 
 def capture_decoder(
@@ -60,6 +68,7 @@ def capture_decoder(
     if not follower.entries and not follower.states:
         raise CaptureError("the module has no attention over its sequence: there is nothing to cache, run it as it is")
     emit.outputs.insert(0, emit.outputs.pop(emit.outputs.index(value)))
+    drop_unused(follower, value)
     model = emit.model("decoder", 24 if emit.needs_opset_24 else 21)
     num_logits = follower.size(logits.axes[-1])
     return Captured(

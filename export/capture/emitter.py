@@ -153,6 +153,26 @@ class Emitter:
             self._made[key] = tuple(node.outputs)
         return self._made[key]
 
+    def graph_node(self, op_type: str, inputs: Sequence[ir.Value], outputs: int, **attributes: Any) -> list[ir.Value]:
+        """The outputs of a node that has graphs among its attributes, and so is never taken for another."""
+        name = self._fresh(op_type)
+        values = [ir.Value(name=f"{name}.{i}") for i in range(outputs)]
+        self.nodes.append(ir.node(op_type, inputs, attributes, outputs=values, name=name))
+        return values
+
+    def copied(self, value: ir.Value) -> ir.Value:
+        """The same value under a name of its own."""
+        name = self._fresh("Identity")
+        self.nodes.append(ir.node("Identity", [value], outputs=[ir.Value(name=name)], name=name))
+        return self.nodes[-1].outputs[0]
+
+    def inner(self) -> Emitter:
+        """An emitter for a graph inside of this one, which may read what this one has made so far."""
+        inner = Emitter(self.interface)
+        inner.inputs, inner.initializers, inner._constants = self.inputs, self.initializers, self._constants
+        inner._counts, inner._made = self._counts, dict(self._made)
+        return inner
+
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
         return self.op("Cast", value, to=int(DTYPES[dtype]))
 
@@ -185,6 +205,9 @@ class Emitter:
         """(1,) int64: the size of an atom."""
         if atom.role is None:
             return self.constant([atom.size], np.int64)
+        if atom.role is Role.STRETCH:
+            seq = self.size(Role.QUERY if Role.QUERY in self.interface.sizes else Role.KEY)
+            return self.op("Add", seq, self.constant([atom.before]))
         return self._picked[atom.size] if atom.role is Role.PICKED else self.size(atom.role)
 
     def count_picked(self, size: Any, indices: ir.Value) -> None:
@@ -208,8 +231,7 @@ class Emitter:
     def model(self, name: str, opset: int) -> ir.Model:
         order = ("source_ids", *DECODER.inputs, "token_type_ids")
         inputs = sorted(self.inputs.values(), key=lambda v: order.index(v.name) if v.name in order else len(order))
-        used = {v for node in self.nodes for v in node.inputs if v is not None}
-        kept = [v for v in self.initializers.values() if v in used or v.name in self.inputs]
+        kept = [v for v in self.initializers.values() if v.uses() or v.name in self.inputs]
         imports = {"": opset}
         if any(node.domain == CONTRIB for node in self.nodes):
             imports[CONTRIB] = 1

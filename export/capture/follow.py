@@ -23,11 +23,13 @@ from .place import Placed, gather_by_distance, gather_rows, gather_square, slice
 from .positional import Positional
 from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
 from .tensor import Tensor, laid_out
-from .trace import Kind, Trace, aten, is_computed, mapped, refuse
+from .trace import Kind, Trace, aten, is_computed, is_pointwise, mapped, refuse
 
 Rule = Callable[..., "Tensor | list[Tensor] | Complex"]
 RULES: dict[Any, Rule] = {}
 COMPLEX_RULES: dict[Any, Rule] = {}
+# Operations that are right for positions and some before them, beside those on each element alone.
+STRETCHABLE: set[Any] = set()
 # Operations that read a mask made of a padding mask by its values.
 READS_MASKS = {aten.scaled_dot_product_attention.default}
 
@@ -130,6 +132,8 @@ class Follower:
         reads_masks = node.target in READS_MASKS
         args, kwargs = mapped(node, lambda n: n if reads_masks and n in self.trace.masks else self._operand(n))
         followed_by = self._rule(node, args)
+        if node.target not in STRETCHABLE and not is_pointwise(node.target):
+            _refuse_stretched(node, args)
         try:
             result = followed_by(self, node, *args, **kwargs)
         except (AttributeError, TypeError) as error:  # a table where the rule knows data, or the other way round
@@ -246,7 +250,7 @@ class Follower:
         missing = len(axes) - len(shape)
         along = [i + missing for i, size in enumerate(shape) if size in (self.trace.seq, self.trace.source)]
         along = [i for i in along if axes[i]]
-        if len(self.trace.lengths_in(shape)) != len(along) or not self._has_known_sizes(shape):
+        if len(self.trace.lengths_in(shape)) != len(along) or self.trace.is_counted(shape):
             if (number := fill_value(self.trace, operand)) is not None:
                 return self.emit.constant(torch.tensor(number, dtype=dtype).numpy())
             raise refuse(operand, f"its shape {shape} cuts the sequence in pieces")
@@ -267,11 +271,6 @@ class Follower:
             why = f"a table of {size.args[0] / 2**20:.0f} MiB would be needed"
             raise refuse(operand, why, "give a smaller --max-length") from None
         return placed.arranged(self.emit, order, axis_of(axes, Role.BATCH))
-
-    def _has_known_sizes(self, shape: Sequence[Any]) -> bool:
-        """Whether no size of a shape is the number of entries that data picked."""
-        known = {self.trace.batch, self.trace.seq, self.trace.source}
-        return {symbol for size in shape for symbol in getattr(size, "free_symbols", ())} <= known
 
     def _flat(self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node) -> ir.Value:
         """A table between source and target positions that holds one value for all of them, as an empty bias does."""
@@ -379,6 +378,14 @@ class Follower:
         return self.emit.op(
             "Slice", present, self.emit.constant([0]), self.emit.size(Role.KEY), self.emit.constant([2])
         )
+
+
+def _refuse_stretched(node: fx.Node, args: Any) -> None:
+    """An operation that knows positions alone would take those before them for new ones."""
+    operands = [o for a in args for o in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(o, Tensor)]
+    if any(atom.role is Role.STRETCH for o in operands for atom in flat(o.axes)):
+        why = "takes positions to which some were added, or of which some were cut off"
+        raise refuse(node, why, "cut the sequence back to its own length first, as with [:, :length]")
 
 
 def scatter(emit: Emitter, past: ir.Value, new: ir.Value) -> ir.Value:

@@ -13,11 +13,9 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
-from unittest import mock
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -28,6 +26,7 @@ from torch.export import Dim
 
 from tfinfer.errors import CaptureError, InputError
 
+from .recurrent import GATES, operators_for_recurrent_layers
 from .trace import explain, inference_mode_of
 
 # Computed as fast as 22 to 24 and by every onnxruntime since 1.18: an Attention of 23 would need 1.28.
@@ -41,15 +40,6 @@ RANGES = "tfinfer.ranges"
 # Above 1 and all different, as torch.export wants them. Long axes are divisible by what patches and strides divide them
 # by, and still longer than 1 afterwards; where that is longer than a module allows, short ones are tried.
 LEADING, LONG, SHORT = (3, 5, 7, 9, 15), (96, 160, 224, 352, 416), (11, 13, 17, 19, 23)
-# Where PyTorch's gates (LSTM: input, forget, cell, output; GRU: reset, update, new) stand in ONNX.
-GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
-# What nn.LSTM, nn.GRU and nn.RNN call in torch._VF, its operator, and what is special about it.
-LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lstm": ("LSTM", {}),
-    "gru": ("GRU", {"linear_before_reset": 1}),
-    "rnn_tanh": ("RNN", {"activations": "Tanh"}),
-    "rnn_relu": ("RNN", {"activations": "Relu"}),
-}
 
 
 @dataclass(frozen=True)
@@ -211,7 +201,7 @@ def _export(flat: _Flat, arguments: tuple[torch.Tensor, ...]) -> torch.export.Ex
     """Trace; AUTO and not DYNAMIC, which would name a pinned axis by torch's own name for it."""
     axes = [{i: Dim.AUTO for i, axis in enumerate(spec.shape) if isinstance(axis, str)} for spec in flat.inputs]
     try:
-        with _quiet(), inference_mode_of(flat), _operators_for_recurrent_layers():
+        with _quiet(), inference_mode_of(flat), operators_for_recurrent_layers():
             return torch.export.export(flat, arguments, dynamic_shapes=(tuple(axes),))
     except CaptureError:
         raise
@@ -219,71 +209,7 @@ def _export(flat: _Flat, arguments: tuple[torch.Tensor, ...]) -> torch.export.Ex
         raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
 
 
-# -- recurrent layers -----------------------------------------------------------------------------------------------
-@contextmanager
-def _operators_for_recurrent_layers() -> Iterator[None]:
-    """While tracing, recurrent layers call `_recurrent`, and packing is refused."""
-    with ExitStack() as stack:
-        for function in LAYERS:
-            stack.enter_context(mock.patch.object(torch._VF, function, partial(_recurrent, *LAYERS[function])))
-        stack.enter_context(mock.patch.object(torch._VF, "_pack_padded_sequence", _refuse_packed))
-        yield
-
-
-def _refuse_packed(*_: Any) -> NoReturn:
-    raise CaptureError(
-        "expected padded sequences, got a packed one: its length depends on the values of the lengths; "
-        "give the recurrent layer the padded tensor, or run each length apart"
-    )
-
-
-def _recurrent(
-    kind: str,
-    special: dict[str, Any],
-    x: torch.Tensor,
-    state: Any,
-    weights: Any,
-    biased: Any,
-    layers: int,
-    *options: Any,
-) -> tuple[torch.Tensor, ...]:
-    """Write a recurrent layer as ONNX operators, one for each of its layers; https://onnx.ai/onnx/operators has them.
-
-    `options` are dropout, whether to train, bidirectional and batch_first; x is (batch, length, features) with the
-    last of them and (length, batch, features) without, and so is the first output; the others are the final states.
-    """
-    if not isinstance(biased, bool):  # the arguments of a packed sequence stand otherwise
-        _refuse_packed()
-    states, (_, _, both, batch_first) = state if kind == "LSTM" else (state,), options
-    directions, hidden = 1 + both, states[0].shape[2]
-    if states[-1].shape[2] != hidden:
-        raise CaptureError("nn.LSTM with proj_size: the ONNX LSTM has no projection; project with nn.Linear instead")
-    each = 2 + 2 * biased  # tensors for one layer and direction
-    attributes = {"hidden_size": hidden, "direction": "bidirectional" if both else "forward", **special}
-    if "activations" in special:
-        attributes["activations"] = [special["activations"]] * directions
-    x = x.transpose(0, 1) if batch_first else x
-    length, batch, finals = x.shape[0], x.shape[1], []
-    for at in range(0, layers * directions, directions):
-        parts = (weights[each * d : each * (d + 1)] for d in range(at, at + directions))
-        w, r, *biases = (torch.stack([_gates(kind, part) for part in same]) for same in zip(*parts))
-        operands = (x, w, r, torch.cat(biases, 1) if biases else None, None, *(s[at : at + directions] for s in states))
-        shapes = [(length, directions, batch, hidden), *[(directions, batch, hidden)] * len(states)]
-        made = torch.onnx.ops.symbolic_multi_out(
-            kind, operands, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
-        )
-        x = made[0].transpose(1, 2).flatten(2) if both else made[0].squeeze(1)
-        finals.append(made[1:])
-    last = [torch.cat(same) if layers > 1 else same[0] for same in zip(*finals)]
-    return (x.transpose(0, 1) if batch_first else x, *last)
-
-
-def _gates(kind: str, part: torch.Tensor) -> torch.Tensor:
-    """A weight or bias (gates * hidden, ...) with its gates in ONNX's order."""
-    size = part.shape[0] // len(GATES[kind])  # slices, because a constant Split is not folded
-    return torch.cat([part[i * size : (i + 1) * size] for i in GATES[kind]])
-
-
+# -- writing --------------------------------------------------------------------------------------------------------
 def _fold_weights(model: ir.Model) -> None:
     """Compute what the weights of recurrent operators are made by: onnxscript folds only what is small by itself."""
     makers, waiting = set[ir.Node](), [v for node in model.graph if node.op_type in GATES for v in node.inputs[1:4]]
@@ -298,7 +224,6 @@ def _fold_weights(model: ir.Model) -> None:
     DeduplicateInitializersPass(size_limit=1 << 40)(model)  # a layer that is called twice has one set of weights
 
 
-# -- writing --------------------------------------------------------------------------------------------------------
 def _to_onnx(program: torch.export.ExportedProgram, flat: _Flat, outputs: Sequence[str] | None) -> ir.Model:
     """The graph of a traced module."""
     names, inputs = list(flat.names() if outputs is None else outputs), [spec.name for spec in flat.inputs]

@@ -84,6 +84,11 @@ class Positional:
         key = (length, self.other, None if self.mask is None else tuple(self.mask.tolist()))
         self.length, self._values = length, self._of_length.setdefault(key, {})
 
+    def sizes_at(self, length: int) -> dict[Any, int]:
+        """The sizes that the symbols stand for in a sequence of `length`."""
+        self._turn_to(length)
+        return self._known()
+
     def _known(self) -> dict[Any, int]:
         """The sizes that the symbols stand for."""
         other = {symbol: self.other for symbol in (self.trace.seq, self.trace.source) if symbol is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,30 +22,27 @@ DRAWS = 24
 Draw = Callable[[int, torch.Generator], list[torch.Tensor]]
 
 
-def functional_graph(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any, draw: Draw) -> Any:
-    """The exported program of `module(*samples)`, no in-place operation in it, and its graph.
+def functional(
+    module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any, draw: Draw | None
+) -> torch.export.ExportedProgram:
+    """The exported program of `module(*samples)`, with no in-place operation in it.
 
-    draw: two tokens below a number, as the module takes them. Raises CaptureError where control flow on data changes
-    what the module computes, and what torch.export raises.
+    draw: two tokens below a number, as the module takes them; without it nothing is answered in the module's stead.
+    Raises CaptureError where control flow on data changes what the module computes, and what torch.export raises.
     """
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level, answered = log.level, False
-    log.setLevel(logging.ERROR)  # it warns of every size that data decides
     try:
-        program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+        return torch.export.export(module, samples, dynamic_shapes=dynamic).run_decompositions({})
     except ASKED_OF_VALUES:
-        answered = True
+        if draw is None:
+            raise
         with AllExperts():
             program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-    finally:
-        log.setLevel(level)
     program = program.run_decompositions({})
-    if answered:
-        _check_answers(module, _without_assertions(program), draw)
-    return program, _without_assertions(program)
+    _check_answers(module, without_assertions(program), draw)
+    return program
 
 
-def _without_assertions(program: torch.export.ExportedProgram) -> fx.GraphModule:
+def without_assertions(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The graph of a program; what was answered in its module's stead need not hold."""
     made = program.module(check_guards=False)
     for node in reversed(made.graph.nodes):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import io
+import logging
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -26,13 +28,15 @@ from torch.nn.modules import transformer
 from tfinfer.errors import CaptureError
 
 from .choices import ASKED_OF_VALUES
-from .program import INSTEAD, functional_graph
+from .program import INSTEAD, Draw, functional, without_assertions
+from .recurrent import operators_for_recurrent_layers
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent)
 
 # Sizes above 1 and different from each other: torch.export pins sizes 0 and 1, and equal sizes look related.
 TRACED_BATCH, TRACED_SEQ, TRACED_SOURCE = 2, 11, 13
+PINNED = "specialized it to be a constant"  # in what torch.export says of an axis that a module needs as a number
 CHECKS = {
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
@@ -97,6 +101,7 @@ class Trace:
     data: set[fx.Node] = field(default_factory=set)
     target: set[fx.Node] = field(default_factory=set)
     masks: set[fx.Node] = field(default_factory=set)
+    loops: list[Any] = field(default_factory=list)  # `reroll.Rolled`, in the order of their numbers
 
     def __post_init__(self) -> None:
         for node, argument in self.inputs.items():
@@ -125,6 +130,11 @@ class Trace:
         """The sizes of a shape that are a length, or computed from one."""
         lengths = {symbol for symbol in (self.seq, self.source) if symbol is not None}
         return [size for size in shape if lengths & getattr(size, "free_symbols", set())]
+
+    def is_counted(self, shape: Sequence[Any]) -> bool:
+        """Whether a size of a shape is the number of entries that data picked."""
+        known = {self.batch, self.seq, self.source}
+        return not {symbol for size in shape for symbol in getattr(size, "free_symbols", ())} <= known
 
     def constant(self, node: fx.Node) -> torch.Tensor:
         """The parameter or buffer behind a `get_attr` node."""
@@ -225,14 +235,17 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     called = module
     if len(arguments) > 1:
         called, dynamic = _Together(module, arguments), (dynamic,)
+    loops: list[Any] = []
     try:
-        # torch prints whole graphs beside some of its errors; the error says what is needed of them.
-        with inference_mode_of(module), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            program, graph_module = functional_graph(called, samples, dynamic, partial(_two_tokens, arguments))
+        with inference_mode_of(module):
+            program = _exported(called, samples, dynamic, partial(_two_tokens, arguments))
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
+        if len(arguments) > 1 or arguments[0].source or PINNED not in str(error):
+            raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
+        program, loops = _rerolled(module, arguments[0], error)
+    graph_module = without_assertions(program)
     nodes = list(graph_module.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, arguments))
@@ -242,7 +255,14 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
         upper = program.range_constraints[symbol].upper
         if upper.is_Integer:
             limits[symbol] = int(upper)
-    return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits)
+    return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits, loops=loops)
+
+
+def _exported(
+    module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any, draw: Draw | None = None
+) -> torch.export.ExportedProgram:
+    with operators_for_recurrent_layers(), _quiet():
+        return functional(module, samples, dynamic, draw)
 
 
 def _two_tokens(arguments: Sequence[Argument], below: int, generator: torch.Generator) -> list[torch.Tensor]:
@@ -252,6 +272,44 @@ def _two_tokens(arguments: Sequence[Argument], below: int, generator: torch.Gene
         if argument.kind is Kind.IDS:
             tensor.random_(0, below, generator=generator)
     return given
+
+
+def _rerolled(module: nn.Module, ids: Argument, error: Exception) -> tuple[torch.export.ExportedProgram, list[Any]]:
+    """Another try for a module that needs the number of positions as a number: it may loop over them."""
+    from .reroll import reroll  # it is made of traces itself
+    from .unrolled import NotALoop
+
+    def export(length: int) -> torch.export.ExportedProgram:
+        return _exported(module, (ids.sample(TRACED_BATCH, length),), ({0: Dim.DYNAMIC},))
+
+    try:
+        with inference_mode_of(module):
+            rolled, loops = reroll(export)
+            sample = (ids.sample(TRACED_BATCH, TRACED_SEQ),)
+            return _exported(rolled, sample, ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)), loops
+    except NotALoop as why:
+        raise CaptureError(
+            f"the module needs the number of positions as a number, and {why}: a loop over positions, each step of "
+            f"which does the same with its own position and what the step before left, would work; {explain(error)}"
+        ) from error
+    except CaptureError:
+        raise
+    except Exception as other:
+        raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from other
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what torch prints and warns of: whole graphs beside some of its errors, which say what is needed."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every size that data decides
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 class _Together(nn.Module):

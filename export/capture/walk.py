@@ -6,17 +6,20 @@ from collections.abc import Collection
 
 from torch import fx
 
+from .decays import find_decays
 from .follow import Follower
 from .regions import Region, find_region, is_product
 from .rules.attention import lower_region
-from .trace import Trace
+from .rules.decay import lower_decay
+from .trace import Trace, read_for_values
 
 
 def follow_all(f: Follower, nodes: Collection[fx.Node]) -> None:
     """Follow every data node of `nodes` that the output needs, in the order of the trace."""
     needed = _needed(f.trace)
     pending: dict[fx.Node, Region] = {}
-    inside: set[fx.Node] = set()
+    decays = find_decays(f.trace, f.positional, nodes)
+    inside: set[fx.Node] = {n for decay in decays.values() for n in decay.inside}
     for node in f.trace.nodes:
         if node not in nodes or node not in needed:
             continue
@@ -25,6 +28,9 @@ def follow_all(f: Follower, nodes: Collection[fx.Node]) -> None:
             pending[region.final] = region
             inside |= region.inside
         if node in inside:
+            continue
+        if node in decays and (state := lower_decay(f, decays[node])):
+            f.values[node] = state
             continue
         if node in pending and (result := lower_region(f, pending[node])):
             f.values[node] = result
@@ -42,5 +48,5 @@ def _needed(captured: Trace) -> set[fx.Node]:
         node = todo.pop()
         if node not in needed:
             needed.add(node)
-            todo += node.all_input_nodes
+            todo += read_for_values(node) if node.op == "call_function" else node.all_input_nodes
     return needed

@@ -8,7 +8,7 @@ from torch import fx
 from tfinfer.errors import CaptureError
 from tfinfer.manifest import EncoderRoles
 
-from ..capture import Trace, trace
+from ..capture import Trace, trace_decoder
 from ..capture.outputs import named_outputs, vocabulary
 from ..capture.trace import TRACED_BATCH, TRACED_SOURCE, Kind, arguments, aten, inference_mode_of
 from ..sources import Source
@@ -33,7 +33,7 @@ def open_job(source: Source, kind: str, asked: Asked) -> Job:
         return PairJob(source.as_pair(), asked)
     if wanted == "encoder":
         return open_encoder(source, asked)
-    captured = trace(source.module)
+    captured = trace_decoder(source.module)
     if wanted is None and gives_hidden_states(captured):
         return open_encoder(source, asked)
     return DecoderJob(source.module, captured, asked)

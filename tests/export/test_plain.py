@@ -332,6 +332,6 @@ def test_packed_sequences_are_refused():
 
 def test_a_size_that_is_pinned_only_while_writing_is_refused(monkeypatch):
     """torch.export keeps aten.rnn_tanh whole; what torch.onnx makes of it would be as many steps as were traced."""
-    monkeypatch.setattr("tfinfer.export.capture.plain.LAYERS", {})
+    monkeypatch.setattr("tfinfer.export.capture.recurrent.LAYERS", {})
     with pytest.raises(CaptureError, match="the axis time of x is pinned to 96"):
         translate(Recurrent(nn.RNN, batch_first=True), [parse_input("x:float32[batch,time,24]")])

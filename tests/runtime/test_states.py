@@ -107,7 +107,9 @@ def test_states_move_with_their_slot(cache):
 
 def test_a_state_goes_back_to_the_beginning_or_not_at_all(cache):
     slot = filled(cache)[2]
-    with pytest.raises(InputError, match="fork the slot where you may want to return to, or rewind it to 0"):
+    with pytest.raises(
+        InputError, match=r"it can to 0: call keep\(slot\) where you may want to return to, or rewind it to 0"
+    ):
         cache.rewind(slot, 3)
     assert (cache.length(slot), states(cache, slot)) == (6, [3] * 7)
     cache.rewind(slot, 6)
@@ -122,6 +124,60 @@ def test_a_snapshot_is_gone_back_to(cache):
     write(cache, slot, 8, 9)
     cache.restore(slot, snapshot)
     assert (cache.length(slot), states(cache, slot)) == (4, [2] * 7)
+
+
+def test_a_rewind_finds_what_was_kept_and_lets_go_of_what_lies_beyond(cache):
+    slot = cache.acquire()
+    for mark in (1, 2, 3):
+        write(cache, slot, mark, 4 * mark)
+        cache.keep(slot)
+    write(cache, slot, 9, 20)
+    cache.rewind(slot, 8)
+    assert (cache.length(slot), states(cache, slot)) == (8, [2] * 7)
+    write(cache, slot, 9, 16)
+    with pytest.raises(InputError, match="cannot go back to 12; it can to 0, 4, 8"):
+        cache.rewind(slot, 12)
+    assert (cache.length(slot), states(cache, slot)) == (16, [9] * 7)
+    cache.rewind(slot, 4)
+    assert (cache.length(slot), states(cache, slot)) == (4, [1] * 7)
+
+
+def test_what_was_kept_goes_with_the_slot_not_with_its_row(cache):
+    one, other, third = filled(cache)
+    cache.keep(one)
+    write(cache, one, 7, 9)
+    cache.arrange([third, one, other])
+    cache.rewind(one, 2)
+    assert [states(cache, slot) for slot in (one, other, third)] == [[1] * 7, [2] * 7, [3] * 7]
+    cache.release(one)
+    new = cache.acquire()
+    write(cache, new, 8, 5)
+    with pytest.raises(InputError, match="it can to 0:"):
+        cache.rewind(new, 2)
+
+
+def test_what_was_kept_is_gone_with_what_was_written_over(cache):
+    """A slot that takes another's positions from the third on is no longer what it was at its sixth."""
+    one, other = filled(cache)[:2]
+    write(cache, other, 2, 3)
+    cache.keep(other)
+    write(cache, other, 2, 6)
+    cache.keep(other)
+    write(cache, one, 9, 8)
+    cache.copy_positions(one, other, 3, 8)
+    with pytest.raises(InputError, match="it can to 0, 3:"):
+        cache.rewind(other, 6)
+    cache.rewind(other, 3)
+    assert states(cache, other) == [2] * 7
+
+
+def test_keeping_without_states_costs_nothing_and_any_length_is_gone_back_to():
+    cache = Cache(SPECS, HostMemory(), 1, 10, longest=500)
+    slot = cache.acquire()
+    cache.keep(slot)
+    cache.lengths[cache.row(slot)] = 9
+    cache.rewind(slot, 5)
+    assert cache.length(slot) == 5
 
 
 def test_a_cache_of_states_alone_is_a_cache_until_it_is_closed():
@@ -175,6 +231,18 @@ def test_a_fork_goes_on_as_its_parent_would(model):
     np.testing.assert_allclose(decoder.step(cache, [twin], [7])[0], expected, atol=1e-5)
 
 
+def test_a_slot_goes_on_from_where_it_was_kept_as_if_nothing_had_followed(model):
+    decoder, cache = model.decoder, model.decoder.open_cache(2, 64)
+    slot, whole = cache.acquire(), cache.acquire()
+    decoder.prefill(cache, slot, [1, 2, 3])
+    cache.keep(slot)
+    for _ in range(5):
+        decoder.step(cache, [slot], [7])
+    cache.rewind(slot, 3)
+    expected = decoder.prefill(cache, whole, [1, 2, 3, 4, 5], keep=2)
+    np.testing.assert_allclose(decoder.prefill(cache, slot, [4, 5], keep=2), expected, atol=1e-4)
+
+
 def test_a_prefill_that_breaks_in_the_middle_is_undone(model, monkeypatch):
     monkeypatch.setattr("tfinfer.session.decoder.PREFILL_CHUNK", 4)
     decoder, cache = model.decoder, model.decoder.open_cache(2, 64)
@@ -204,7 +272,7 @@ def test_a_request_that_is_refused_leaves_the_states(model):
     for wrong, error in (([], InputError), ([99], InputError), ([1] * 79, LengthError)):
         with pytest.raises(error):
             decoder.prefill(cache, slot, wrong)
-    with pytest.raises(InputError, match="fork the slot"):
+    with pytest.raises(InputError, match="call keep"):
         cache.rewind(slot, 1)
     expected = decoder.prefill(cache, whole, [1, 2, 3])
     np.testing.assert_allclose(decoder.prefill(cache, slot, [3]), expected, atol=1e-4)

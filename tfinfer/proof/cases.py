@@ -18,7 +18,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Call:
-    """`prefill` one slot with ids, `step` every slot with one id each, or `rewind` one slot to a length."""
+    """`prefill` one slot with ids, `step` every slot with one id each, `keep` one, or `rewind` one to a length."""
 
     op: str
     slot: int
@@ -79,6 +79,9 @@ class _Writer:
         self.case.rows += [Row(call, r, s, at) for r, (s, at) in enumerate(zip(self.current, self.at))]
         self.at = [at + 1 for at in self.at]
 
+    def keep(self, slot: int) -> None:
+        self.case.calls.append(Call("keep", slot))
+
     def rewind(self, slot: int, length: int, onto: Ids) -> None:
         """Back to `length` positions, from which the slot goes on as `onto`."""
         self.case.calls.append(Call("rewind", slot, length=length))
@@ -97,11 +100,11 @@ class Sources:
 
 
 def grid(
-    vocab_size: int, max_length: int, seed: int = 0, *, rewinds: bool = True, sources: Sources | None = None
+    vocab_size: int, max_length: int, seed: int = 0, *, keeps: bool = False, sources: Sources | None = None
 ) -> list[Case]:
     """The cases of a proof, on sizes that were never traced: every one fits into `max_length` positions.
 
-    rewinds: whether the cache can go back, which one with running sums cannot.
+    keeps: whether the cache has states, which go back to where they were kept alone.
     """
     rng = np.random.default_rng(seed)
 
@@ -114,8 +117,7 @@ def grid(
     cases.append(_ragged("two rows of different lengths", [some(17 + 8), some(2 + 8)], 8))
     cases.append(_ragged("three rows of different lengths", [some(9 + 12), some(1 + 12), some(30 + 12)], 12))
     cases.append(_ragged("rows that outgrow their cache", [some(62 + 8), some(20 + 8)], 8))
-    if rewinds:
-        cases.append(_rewound(some(23), some(9)))
+    cases.append(_rewound(some(23), some(9), keeps))
     if max_length > 43:
         cases.append(_longest(some(max_length)))
     if sources is not None:
@@ -150,10 +152,13 @@ def _ragged(name: str, sequences: list[Ids], steps: int) -> Case:
     return writer.case
 
 
-def _rewound(sequence: Ids, onto: Ids) -> Case:
+def _rewound(sequence: Ids, onto: Ids, keeps: bool) -> Case:
     writer = _Writer("rewound and refilled", [sequence])
-    writer.prefill(0, len(sequence))
     back = len(sequence) // 3
+    if keeps and back:
+        writer.prefill(0, back)
+        writer.keep(0)
+    writer.prefill(0, len(sequence) - writer.at[0])
     onto = onto[: len(sequence) - back]
     writer.rewind(0, back, onto)
     writer.prefill(0, max(1, len(onto) - 2))
@@ -163,15 +168,17 @@ def _rewound(sequence: Ids, onto: Ids) -> Case:
 
 
 def _longest(sequence: Ids) -> Case:
+    """A long sequence in two pieces and some steps.
+
+    All its rows would be large: the last one of each piece, and a few at the end, say as much.
+    """
     writer = _Writer("the longest length", [sequence])
-    writer.prefill(0, len(sequence) - 3)
+    half = len(sequence) // 2
+    writer.prefill(0, half)
+    writer.prefill(0, len(sequence) - half - 3)
     for _ in range(3):
         writer.step()
-    # The full pass of a long sequence is large: its last rows, and a few along the way, say as much.
-    kept = [
-        r for r in writer.case.rows if r.position >= len(sequence) - 12 or r.position % max(1, len(sequence) // 16) == 0
-    ]
-    writer.case.rows = kept
+    writer.case.rows = [r for r in writer.case.rows if r.position >= len(sequence) - 12 or r.position == half - 1]
     return writer.case
 
 
@@ -189,6 +196,8 @@ def run(decoder: Any, case: Case, all_rows: bool) -> Iterator[tuple[Row, npt.NDA
         for number, call in enumerate(case.calls):
             if call.op == "rewind":
                 cache.rewind(slots[call.slot], call.length)
+            elif call.op == "keep":
+                cache.keep(slots[call.slot])
             elif call.op == "step":
                 logits = decoder.step(cache, slots, np.array(call.ids))
                 yield from ((row, logits[row.row]) for row in wanted.get(number, []))

@@ -68,6 +68,7 @@ class Cache:
         self.sources = sources
         self.lengths, self.dropped = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self._row: dict[int, int] = {}
+        self._kept: dict[int, dict[int, Snapshot]] = {}  # of slots with states, by length
         self._free = list(range(slots))
         self._next = 0
         self.generation = 0  # changes when pointers do
@@ -124,6 +125,7 @@ class Cache:
         """Give a slot back; its number is not used again."""
         row = self.row(slot)
         del self._row[slot]
+        self._kept.pop(slot, None)
         self._free.append(row)
         self.lengths[row] = 0
         if self.sources is not None:
@@ -132,26 +134,49 @@ class Cache:
     def rewind(self, slot: int, length: int) -> None:
         """Forget all but the first `length` positions of a slot; its source stays.
 
-        A state is of all positions at once: of a slot with states, InputError unless all or none are kept.
+        A state is of all positions at once: a slot with states goes back to none of them, or to a length at which
+        `keep` was called. Raises InputError for any other, and where a position is gone that would be looked at.
         """
         row = self.row(slot)
         held = int(self.lengths[row])
         if not 0 <= length <= held:
             raise InputError(f"slot {slot} holds {held} positions: cannot rewind it to {length}")
-        if self.states.buffers and length < held:
-            if length:
-                raise InputError(
-                    f"slot {slot} holds {held} positions and states of all of them, which cannot go back to {length}: "
-                    "fork the slot where you may want to return to, or rewind it to 0 and prefill again"
-                )
-            self.states.zero(row)
         if length and self._sees_dropped(row, length):
             raise InputError(
                 f"slot {slot} holds {held} positions, of which the first {self.dropped[row]} lie behind its window and "
                 f"are gone: cannot rewind it to {length}; rewind it to 0 and prefill again"
             )
+        if self.states.buffers and length < held:
+            self._rewind_states(slot, length)
         self.lengths[row] = length
         self.dropped[row] = 0 if length == 0 else self.dropped[row]
+
+    def keep(self, slot: int) -> None:
+        """Let `rewind` find the way back to what a slot holds now, for as long as no rewind goes back further.
+
+        Without states every position can be gone back to; with some, each length that is kept costs a copy of them.
+        """
+        if self.states.buffers:
+            self._kept.setdefault(slot, {})[self.length(slot)] = self.snapshot(slot)
+
+    def _rewind_states(self, slot: int, length: int) -> None:
+        kept = self._kept.get(slot, {})
+        if length and length not in kept:
+            raise InputError(
+                f"slot {slot} holds {self.length(slot)} positions and states of all of them, which cannot go back to "
+                f"{length}; it can to {', '.join(map(str, sorted({0, *kept})))}: call keep(slot) where you may want to "
+                "return to, or rewind it to 0 and prefill again"
+            )
+        if length:
+            self.states.put(self.row(slot), kept[length].states)
+        else:
+            self.states.zero(self.row(slot))
+        self._forget_kept(slot, length)
+
+    def _forget_kept(self, slot: int, length: int) -> None:
+        """Of what was kept of a slot, let go of all beyond `length` positions."""
+        if slot in self._kept:
+            self._kept[slot] = {n: snapshot for n, snapshot in self._kept[slot].items() if n <= length}
 
     def _sees_dropped(self, row: int, length: int) -> bool:
         """Whether the position that follows `length` others would look at one that is gone."""
@@ -169,6 +194,7 @@ class Cache:
         self.lengths[row] = 0 if gone else snapshot.length
         self.dropped[row] = 0 if gone else self.dropped[row]
         self.states.put(row, snapshot.states)
+        self._forget_kept(slot, int(self.lengths[row]))
 
     def lay_out_sources(self, capacity: int) -> None:
         """Have room for exactly `capacity` positions of every source. Raises InputError where one in use is longer."""
@@ -205,6 +231,7 @@ class Cache:
         start = start if gone == 0 and self.dropped[target] == 0 else gone  # positions lie elsewhere: copy all
         self._copy_row(source, target, start - gone, end - gone)
         self.lengths[target], self.dropped[target] = end, gone
+        self._forget_kept(target_slot, start)
 
     def reserve(self, slot: int, positions: int) -> None:
         """Make room for `positions` more in a slot. Raises LengthError past the longest length."""

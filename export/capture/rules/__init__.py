@@ -1,17 +1,35 @@
 """The allow-list: what each operation does to the axes, and how it is written in ONNX. One small file per group."""
 
-from . import complex, elementwise, indexing, integers, linear, picking, reductions, routing, running, sdpa, views
+from . import (
+    complex,
+    convolutions,
+    elementwise,
+    indexing,
+    integers,
+    linear,
+    picking,
+    recurrent,
+    reductions,
+    routing,
+    running,
+    sdpa,
+    shifts,
+    views,
+)  # fmt: skip
 
 __all__ = [
     "complex",
+    "convolutions",
     "elementwise",
     "indexing",
     "integers",
     "linear",
     "picking",
+    "recurrent",
     "reductions",
     "routing",
     "running",
     "sdpa",
+    "shifts",
     "views",
 ]

@@ -16,6 +16,7 @@ from ..tensor import Tensor, from_working, working
 from ..trace import arguments, aten, refuse
 from .elementwise import broadcast, elementwise, named
 from .picking import gathered, picked_entries
+from .shifts import cut, is_sequence, put_in_front
 
 
 @rule(operator.getitem)
@@ -47,6 +48,8 @@ def slice_(
         if f.is_whole and after == 1 and isinstance(start, int):
             one = taken(f, x, dim, start)
             return one.seen_as((*one.axes[:dim], (), *one.axes[dim:]))
+        if is_sequence(f, x, dim):
+            return cut(f, node, x, dim, start or 0, before, after, step)
         raise refuse(node, "takes a part of the positions or rows", "only all or the last position can be taken")
     start, end = (f.number(node, b) for b in (start, end))
     bounds = [f.emit.constant([b]) for b in (start or 0, sys.maxsize if end is None else end)]
@@ -152,7 +155,7 @@ def _pieces(f: Follower, node: fx.Node, x: Tensor, sizes: list[int], dim: int) -
     return [from_working(p, (*axes[:dim], fixed(n), *axes[dim + 1 :]), order, x.dtype) for p, n in zip(parts, sizes)]
 
 
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_chunk.default, aten.unbind.int)
 def split(f: Follower, node: fx.Node, x: Tensor, *args: Any) -> list[Tensor]:
     dim = args[-1] if len(args) == (1 if node.target is aten.unbind.int else 2) else 0
     parts = node.meta["val"]
@@ -177,6 +180,8 @@ def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
     dim %= len(shape)
     stacked = node.target is aten.stack.default
     data = [t for t in tensors if isinstance(t, Tensor)]
+    if not stacked and len(data) == 1 and is_sequence(f, data[0], dim):
+        return put_in_front(f, node, tensors, data[0], dim)
     if any(not isinstance(t, Tensor) for t in tensors):
         raise refuse(node, "joins data with a table", "add or multiply tables instead")
     if stacked:
