@@ -2,7 +2,7 @@
 
 `if mask.any()`, `if len(tokens) == 0: continue`, `for expert in hit.nonzero()`, `for expert in ids.unique()` leave out
 experts that no token goes to: a saving that changes no result. A graph has no such choices, so none is left out; an
-expert without tokens then adds nothing. Where leaving out does change results, the proof fails.
+expert without tokens then adds nothing. Where leaving out does change results, `program.py` refuses.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ class Follower:
         missing = len(axes) - len(shape)
         along = [i + missing for i, size in enumerate(shape) if size in (self.trace.seq, self.trace.source)]
         along = [i for i in along if axes[i]]
-        if len(self.trace.lengths_in(shape)) != len(along) or not self._has_known_sizes(shape):
+        if len(self.trace.lengths_in(shape)) != len(along) or self.trace.is_counted(shape):
             if (number := fill_value(self.trace, operand)) is not None:
                 return self.emit.constant(torch.tensor(number, dtype=dtype).numpy())
             raise refuse(operand, f"its shape {shape} cuts the sequence in pieces")
@@ -302,11 +302,6 @@ class Follower:
             why = f"a table of {size.args[0] / 2**20:.0f} MiB would be needed"
             raise refuse(operand, why, "give a smaller --max-length") from None
         return placed.arranged(self.emit, order, axis_of(axes, Role.BATCH))
-
-    def _has_known_sizes(self, shape: Sequence[Any]) -> bool:
-        """Whether no size of a shape is the number of entries that data picked."""
-        known = {self.trace.batch, self.trace.seq, self.trace.source}
-        return {symbol for size in shape for symbol in getattr(size, "free_symbols", ())} <= known
 
     def _flat(self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node) -> ir.Value:
         """A table between source and target positions that holds one value for all of them, as an empty bias does."""

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -28,9 +29,10 @@ from torch.utils._sympy.functions import FloorDiv
 
 from tfinfer.errors import CaptureError
 
-from .choices import ASKED_OF_VALUES, AllExperts
+from .choices import ASKED_OF_VALUES
 from .decompose import decomposed
 from .equations import normalise_einsums
+from .program import INSTEAD, Draw, functional, without_assertions
 from .recurrent import operators_for_recurrent_layers
 from .spellings import traceable
 
@@ -57,12 +59,6 @@ UNTAGGED = {
     aten.__and__.Tensor, aten.__and__.Scalar, aten.__or__.Tensor, aten.__or__.Scalar, aten.__xor__.Tensor,
     aten.masked_fill.Tensor, aten.hardswish.default,
 }  # fmt: skip
-
-
-INSTEAD = (
-    "what runs, and how large it is, must not depend on the values of the ids: compute both ways and choose by "
-    "torch.where, or pick tokens by torch.where(mask) and put them back by index_add"
-)
 
 
 class Kind(enum.Enum):
@@ -144,6 +140,11 @@ class Trace:
         """The sizes of a shape that are a length, or computed from one."""
         lengths = {symbol for symbol in (self.seq, self.source) if symbol is not None}
         return [size for size in shape if lengths & getattr(size, "free_symbols", set())]
+
+    def is_counted(self, shape: Sequence[Any]) -> bool:
+        """Whether a size of a shape is the number of entries that data picked."""
+        known = {self.batch, self.seq, self.source}
+        return not {symbol for size in shape for symbol in getattr(size, "free_symbols", ())} <= known
 
     def constant(self, node: fx.Node) -> torch.Tensor:
         """The parameter or buffer behind a `get_attr` node."""
@@ -300,18 +301,14 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     loops: list[Any] = []
     try:
         with inference_mode_of(module):
-            program = _exported(called, samples, dynamic)
+            program = _exported(called, samples, dynamic, partial(_two_tokens, arguments))
     except CaptureError:
         raise
     except Exception as error:
         if len(arguments) > 1 or arguments[0].source or PINNED not in str(error):
             raise CaptureError(f"torch.export cannot capture the module: {explain(error)}") from error
         program, loops = _rerolled(module, arguments[0], error)
-    graph_module = program.module()
-    for node in reversed(graph_module.graph.nodes):  # what was answered in a module's stead need not hold
-        if node.target is aten._assert_scalar.default:
-            graph_module.graph.erase_node(node)
-    graph_module.recompile()
+    graph_module = without_assertions(program)
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     inputs = dict(zip(placeholders, arguments))
     batch, sizes = _symbols(inputs)
@@ -325,15 +322,20 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     return Trace(graph_module, nodes, inputs, nodes[-1], batch, sizes.get(False), sizes.get(True), limits, loops=loops)
 
 
-def _exported(module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any) -> torch.export.ExportedProgram:
-    """The functional program of a module; no in-place operation survives."""
+def _exported(
+    module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any, draw: Draw | None = None
+) -> torch.export.ExportedProgram:
     with operators_for_recurrent_layers(), _quiet():
-        try:
-            program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-        except ASKED_OF_VALUES:
-            with AllExperts():
-                program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-        return decomposed(program.run_decompositions({}), read_for_values)
+        return decomposed(functional(module, samples, dynamic, draw), read_for_values)
+
+
+def _two_tokens(arguments: Sequence[Argument], below: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """One row of two tokens for each argument."""
+    given = [argument.sample(1, 2) for argument in arguments]
+    for argument, tensor in zip(arguments, given):
+        if argument.kind is Kind.IDS:
+            tensor.random_(0, below, generator=generator)
+    return given
 
 
 def _rerolled(module: nn.Module, ids: Argument, error: Exception) -> tuple[torch.export.ExportedProgram, list[Any]]:

@@ -239,6 +239,21 @@ def clamp_one_side(f: Follower, node: fx.Node, x: Tensor, bound: Any) -> Tensor:
     return elementwise(f, node, [x, f.number(node, bound)], named(name))
 
 
+@rule(aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor)
+def clamp_each(f: Follower, node: fx.Node, x: Any, low: Any = None, high: Any = None) -> Tensor:
+    """Between bounds that are tensors themselves."""
+    if node.target is aten.clamp_max.Tensor:
+        low, high = None, low
+    bounds = [(name, b) for name, b in (("Max", low), ("Min", high)) if b is not None]
+
+    def make(emit: Emitter, value: ir.Value, *others: ir.Value) -> ir.Value:
+        for (name, _), bound in zip(bounds, others):
+            value = emit.op(name, value, bound)
+        return value
+
+    return elementwise(f, node, [x, *(b for _, b in bounds)], make)
+
+
 @rule(aten.lerp.Tensor, aten.lerp.Scalar)
 def lerp(f: Follower, node: fx.Node, x: Any, y: Any, weight: Any) -> Tensor:
     def make(emit: Emitter, a: ir.Value, b: ir.Value, w: ir.Value) -> ir.Value:

@@ -174,7 +174,7 @@ def glu(f: Follower, node: fx.Node, x: Tensor, dim: int = -1) -> Tensor:
     return elementwise(f, node, [value, open_gate], named("Mul"))
 
 
-@rule(aten.cat.default, aten.stack.default)
+@rule(aten.cat.default, aten.concat.default, aten.stack.default)
 def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
     shape = f.trace.shape(node)
     dim %= len(shape)

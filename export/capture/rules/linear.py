@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Axis, Role, distinct, fixed, has
+from ..axes import Atom, Axes, Role, distinct, fixed, has
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, laid_out, refined, size_vector
 from ..trace import aten, refuse
@@ -62,26 +62,18 @@ def matmul(f: Follower, node: fx.Node, a: Any, b: Any) -> Tensor:
         column = f.parameter(f.derived(b, _as_column))
         result = times_weight(f, node, a, column, 1)
         return result.seen_as(result.axes[:-1])
-    if isinstance(a, Tensor) and f.is_constant(b) and not has_positions(a.axes[-1]):
-        return _times_stack(f, node, a, b)
-    raise refuse(node, "is followed for data times data, and for data times a matrix of weights")
+    if f.is_constant(a) or f.is_constant(b):  # a matrix for each head or expert, or weights that stand first
+        return product(f, node, *(t if isinstance(t, Tensor) else _as_tensor(f, t) for t in (a, b)))
+    raise refuse(node, "is followed for data times data, and for data times constant weights")
+
+
+def _as_tensor(f: Follower, weight: fx.Node) -> Tensor:
+    value = f.constant(weight)
+    return Tensor.of(f.parameter(weight), tuple(fixed(int(n)) for n in value.shape), value.dtype)
 
 
 def _as_column(vector: torch.Tensor) -> torch.Tensor:
     return vector[:, None]
-
-
-def has_positions(axis: Axis) -> bool:
-    return any(atom.role for atom in axis)
-
-
-def _times_stack(f: Follower, node: fx.Node, a: Tensor, b: fx.Node) -> Tensor:
-    """Data times matrices of weights, one for each head or expert."""
-    stack = f.trace.shape(b)[:-2]
-    lead: Axes = ((),) * (len(stack) - a.rank + 2) + a.axes[:-2]
-    axes = tuple(own or fixed(int(n)) for own, n in zip(lead[::-1], (*stack[::-1], *[1] * len(lead))))[::-1]
-    value = f.emit.op("MatMul", laid_out(f.emit, a), f.parameter(b))
-    return Tensor.of(value, followed((*axes, a.axes[-2], fixed(int(f.trace.shape(b)[-1])))), a.dtype)
 
 
 @rule(aten.baddbmm.default)

@@ -1,0 +1,74 @@
+"""A module as a functional program of its operators, and the check of what was answered in its stead on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tfinfer.errors import CaptureError
+
+from .choices import ASKED_OF_VALUES, AllExperts
+
+aten = torch.ops.aten
+INSTEAD = (
+    "what runs, and how large it is, must not depend on the values of the ids: compute both ways and choose by "
+    "torch.where, or pick tokens by torch.where(mask) and put them back by index_add"
+)
+DRAWS = 24
+
+Draw = Callable[[int, torch.Generator], list[torch.Tensor]]
+
+
+def functional(
+    module: nn.Module, samples: tuple[torch.Tensor, ...], dynamic: Any, draw: Draw | None
+) -> torch.export.ExportedProgram:
+    """The exported program of `module(*samples)`, with no in-place operation in it.
+
+    draw: two tokens below a number, as the module takes them; without it nothing is answered in the module's stead.
+    Raises CaptureError where control flow on data changes what the module computes, and what torch.export raises.
+    """
+    try:
+        return torch.export.export(module, samples, dynamic_shapes=dynamic).run_decompositions({})
+    except ASKED_OF_VALUES:
+        if draw is None:
+            raise
+        with AllExperts():
+            program = torch.export.export(module, samples, dynamic_shapes=dynamic)
+    program = program.run_decompositions({})
+    _check_answers(module, without_assertions(program), draw)
+    return program
+
+
+def without_assertions(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The graph of a program; what was answered in its module's stead need not hold."""
+    made = program.module(check_guards=False)
+    for node in reversed(made.graph.nodes):
+        if node.target is aten._assert_scalar.default:
+            made.graph.erase_node(node)
+    made.recompile()
+    return made
+
+
+def _check_answers(module: nn.Module, graph: fx.GraphModule, draw: Draw) -> None:
+    """Two tokens leave experts without any: there the graph must still compute what the module does."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(DRAWS):
+        given = draw(_vocabulary(graph), generator)
+        for expected, found in zip(*(torch.utils._pytree.tree_leaves(m(*given)) for m in (module, graph))):
+            if not (isinstance(expected, torch.Tensor) and expected.is_floating_point()):
+                continue
+            if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise CaptureError(f"control flow on data changes what the module computes; {INSTEAD}")
+
+
+def _vocabulary(graph: fx.GraphModule) -> int:
+    """The least number of rows of any table: ids below it may be looked up in all."""
+    tables = []
+    for node in graph.graph.nodes:
+        if node.target is aten.embedding.default:
+            arguments: Any = node.args
+            tables.append(arguments[0].meta["val"].shape[0])
+    return int(min(tables, default=2))
