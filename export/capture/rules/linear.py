@@ -55,6 +55,10 @@ def matmul(f: Follower, node: fx.Node, a: Any, b: Any) -> Tensor:
         return product(f, node, a, b)
     if isinstance(a, Tensor) and f.is_constant(b) and len(f.trace.shape(b)) == 2:
         return times_weight(f, node, a, f.parameter(b), f.constant(b).shape[1])
+    if isinstance(b, Tensor) and f.is_constant(a) and len(f.trace.shape(a)) == 2 and b.rank > 1:  # (b^T a^T)^T
+        turned = b.seen_as((*b.axes[:-2], b.axes[-1], b.axes[-2]))
+        made = times_weight(f, node, turned, f.parameter(a, transposed=True), f.constant(a).shape[0])
+        return made.seen_as((*made.axes[:-2], made.axes[-1], made.axes[-2]))
     raise refuse(node, "is followed for data times data, and for data times a matrix of weights")
 
 
