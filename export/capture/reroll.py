@@ -52,6 +52,10 @@ class Rerolled(nn.Module):
         self.order = list(self.loops.values())
 
     def forward(self, ids: torch.Tensor) -> Any:
+        with traceback.preserve_node_meta():  # refusals name the module's own lines
+            return self._forward(ids)
+
+    def _forward(self, ids: torch.Tensor) -> Any:
         values: dict[fx.Node, Any] = {}
         for node in self.inner.graph.nodes:
             if node.op == "placeholder":
@@ -147,7 +151,7 @@ def _rolled(module: fx.GraphModule, loop: Loop, batch: Any) -> Rolled:
     inputs |= {node: Argument(node.name) for i in loop.carried if (node := loop.bodies[0][i]) is not None}
     output = next(node for node in module.graph.nodes if node.op == "output")
     trace = Trace(module, loop.body, inputs, output, batch, None, None, {})
-    trace.data |= _depends_on_ids(module.graph) - set(loop.body)
+    trace.data |= _depends_on_ids(module.graph)
     return Rolled(loop, trace)
 
 

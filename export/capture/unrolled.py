@@ -5,6 +5,7 @@ An iteration reads the same places of its own position, what the iteration befor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .trace import arguments, aten, is_computed
+from .trace import CHECKS, arguments, aten, is_computed
 
-Token = tuple[Any, str]
+Token = tuple[Any, str, str]
 
 
 @dataclass(eq=False)
@@ -65,6 +66,8 @@ class NotALoop(Exception):
 
 def simplify(graph: fx.Graph) -> None:
     """Take out what only moves: slices of everything, and values written over a place that are then read whole."""
+    for node in [n for n in graph.nodes if n.target in CHECKS]:  # they read iterations one by one
+        graph.erase_node(node)
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
@@ -85,9 +88,10 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
 def find_loops(graph: fx.Graph, length: int) -> list[Loop]:
     """The loops of `length` iterations, in the order of the graph. Raises NotALoop for one that is none after all."""
     nodes = [node for node in graph.nodes if is_computed(node) and not _taken_before(node)]
-    tokens = [(node.target, str(node.meta.get("stack_trace") or "")) for node in nodes]
-    loops, at = [], 0
+    tokens = [_token(node) for node in nodes]
+    loops, at, why_not = list[Loop](), 0, list[NotALoop]()
     while at < len(nodes):
+        begin = at
         if found := _run(tokens, at, length):
             period, last = found
             bodies: list[list[fx.Node | None]] = [
@@ -96,10 +100,23 @@ def find_loops(graph: fx.Graph, length: int) -> list[Loop]:
             at += period * (length - 1)
             bodies.append([None if i is None else nodes[at + i] for i in last])
             at += sum(i is not None for i in last)
-            loops.append(_understood(Loop(bodies)))
+            try:
+                loops.append(_understood(Loop(bodies)))
+            except NotALoop as why:
+                why_not.append(why)
+                at = begin + 1
         else:
             at += 1
+    if why_not and not loops:
+        raise why_not[0]
     return loops
+
+
+def _token(node: fx.Node) -> Token:
+    """An operation with its place in the source and in the module, the same for each iteration of a loop."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = "/".join(str(entry[0]) for entry in stack.values() if isinstance(entry, tuple))
+    return node.target, str(node.meta.get("stack_trace") or ""), re.sub(r"@\d+", "", path)  # @: of a second call
 
 
 def _taken_before(node: fx.Node) -> bool:

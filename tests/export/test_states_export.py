@@ -3,9 +3,12 @@
 import pytest
 import states
 import torch
+import transformers
 
 import tfinfer
+from tfinfer.errors import CaptureError
 from tfinfer.export import export_model
+from tfinfer.export.capture import capture
 
 
 def check(module, folder, count=None):
@@ -54,3 +57,52 @@ def test_a_recurrent_layer(name, tmp_path):
 @pytest.mark.parametrize("name", states.LOOPS)
 def test_a_loop_over_positions(name, tmp_path):
     check(states.LOOPS[name](), tmp_path / "out")
+
+
+class Backwards(states.Looped):
+    def mix(self, x):
+        a, b = self.gates(x)
+        h, ys = torch.zeros(x.shape[0], states.HIDDEN), []
+        for t in range(x.shape[1]):
+            h = a[:, t] * h + b[:, x.shape[1] - 1 - t]
+            ys.append(h)
+        return torch.stack(ys, 1)
+
+
+class Counts(states.Looped):
+    def mix(self, x):
+        h, ys = torch.zeros(x.shape[0], states.HIDDEN), []
+        for t in range(x.shape[1]):
+            h = h + x[:, t] / (t + 1)
+            ys.append(h)
+        return torch.stack(ys, 1)
+
+
+class ReadsAll(states.Looped):
+    def mix(self, x):
+        h, ys = torch.zeros(x.shape[0], states.HIDDEN), []
+        for t in range(x.shape[1]):
+            h = (h + x[:, t]).tanh() + x.amax(1)
+            ys.append(h)
+        return torch.stack(ys, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (Backwards, "number of the position|read"),
+        (Counts, "computes? with the number of the position"),
+        (ReadsAll, "mixes|reads"),
+    ],
+)
+def test_a_loop_that_is_no_recurrence_is_refused_with_the_reason(module, why):
+    with pytest.raises(CaptureError, match=why):
+        capture(module())
+
+
+def test_mamba_as_transformers_writes_it(tmp_path):
+    config = transformers.MambaConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2, state_size=4, use_cache=False)
+    model = transformers.MambaForCausalLM(config).eval()
+    report = export_model(model, tmp_path / "out", max_length=60, attention=False)
+    assert report.verdicts[0].passed, report.verdicts[0].lines()
+    assert [spec.shape for spec in report.manifest.states] == [(32, 3), (32, 4)] * 2

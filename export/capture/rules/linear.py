@@ -62,6 +62,10 @@ def matmul(f: Follower, node: fx.Node, a: Any, b: Any) -> Tensor:
         column = f.parameter(f.derived(b, _as_column))
         result = times_weight(f, node, a, column, 1)
         return result.seen_as(result.axes[:-1])
+    if isinstance(b, Tensor) and f.is_constant(a) and len(f.trace.shape(a)) == 2 and b.rank > 1:  # (b^T a^T)^T
+        turned = b.seen_as((*b.axes[:-2], b.axes[-1], b.axes[-2]))
+        made = times_weight(f, node, turned, f.parameter(a, transposed=True), f.constant(a).shape[0])
+        return made.seen_as((*made.axes[:-2], made.axes[-1], made.axes[-2]))
     if f.is_constant(a) or f.is_constant(b):  # a matrix for each head or expert, or weights that stand first
         return product(f, node, *(t if isinstance(t, Tensor) else _as_tensor(f, t) for t in (a, b)))
     raise refuse(node, "is followed for data times data, and for data times constant weights")
