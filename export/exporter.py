@@ -33,7 +33,7 @@ from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
 
 from . import graph_files
-from .capture import DEFAULT_MAX_LENGTH
+from .capture import DEFAULT_MAX_LENGTH, Observed
 from .capture.plain import InputSpec, parse_input
 from .folder import check_target, new_folder
 from .kinds import Asked, Job, open_job
@@ -44,6 +44,7 @@ from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .sources import Source
 from .sources.source import from_module
+from .verify import check_observed
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -158,8 +159,11 @@ class _Export:
             for model in graphs.values():
                 pipeline.run(model)
             self.stage("write")
-            graphs |= self._observed(job)
+            observed = job.observe() if self.attention and self.dtype == "fp32" else None
+            graphs |= self._observed(observed)
             graph_files.save(graphs, folder)
+            if observed is not None:
+                check_observed(observed, folder / "attention.onnx")
             self._copy_text(folder)
             draft = self._manifest(job, graphs, folder)
             self.stage("proof")
@@ -171,9 +175,8 @@ class _Export:
         lengths = [n for n in (self.source.max_length, job.module_length) if n is not None]
         return ExportReport(self.target, manifest, verdicts, self.seconds, min(lengths, default=None))
 
-    def _observed(self, job: Job) -> dict[str, ir.Model]:
+    def _observed(self, observed: Observed | None) -> dict[str, ir.Model]:
         """The graph of attention's weights; narrow weights are not shared with it, so it is left out there."""
-        observed = job.observe() if self.attention and self.dtype == "fp32" else None
         if observed is None:
             return {}
         self.maps = tuple(MapSpec(name, tuple(outputs)) for name, outputs in observed.maps.items())

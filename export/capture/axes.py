@@ -1,8 +1,8 @@
 """What the axes of a tensor are made of, so that views, transposes and repeats cost nothing until someone computes.
 
-An axis is a row of *atoms*: the batch, new positions (QUERY), all positions (KEY), an encoder's positions (SOURCE), a
-fixed size, or a repeat. An axis of size 1 has none. `view`, `transpose`, `expand` only regroup atoms; see `tensor.py`
-for how that becomes ONNX.
+An axis is a row of *atoms*: the batch, new positions (QUERY), all positions (KEY), an encoder's positions (SOURCE), the
+new positions and a few before them (STRETCH), a fixed size, or a repeat. An axis of size 1 has none. `view`,
+`transpose`, `expand` only regroup atoms; see `tensor.py` for how that becomes ONNX.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Role(enum.Enum):
     QUERY = "query"  # the new positions
     KEY = "key"  # all positions, past and new
     SOURCE = "source"  # the positions of an encoder, which are all there at once
+    STRETCH = "stretch"  # the positions of QUERY and those `before`; the module sees `after` more of them, or fewer
 
 
 @dataclass(eq=False, frozen=True)
@@ -32,12 +33,19 @@ class Atom:
     role: Role | None = None
     size: int = 0  # of a fixed atom
     repeat: bool = False  # the same values `size` times
+    before: int = 0  # of STRETCH: the value has so many positions more than the new ones, all in front
+    after: int = 0  # of STRETCH: the module has so many behind the last one, which the value has not
 
     def __repr__(self) -> str:
         return self.role.value if self.role else f"{'x' if self.repeat else ''}{self.size}"
 
     def matches(self, other: Atom) -> bool:
-        return (self.role, self.size) == (other.role, other.size)
+        return self.kind == other.kind
+
+    @property
+    def kind(self) -> tuple[Role | None, int, int, int]:
+        """What two atoms must have in common to meet."""
+        return self.role, self.size, self.before, self.after
 
 
 Axis = tuple[Atom, ...]
@@ -90,6 +98,8 @@ class Symbols:
     def size(self, atom: Atom) -> Any:
         if atom.role is None:
             return atom.size
+        if atom.role is Role.STRETCH:
+            return self.seq + atom.before + atom.after
         sizes = {Role.BATCH: self.batch, Role.SOURCE: self.source, Role.KEY: self.key or self.seq}
         return sizes.get(atom.role, self.seq)
 

@@ -22,11 +22,13 @@ from .place import Placed, gather_by_distance, gather_rows, gather_square, slice
 from .positional import Positional
 from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
 from .tensor import Tensor, laid_out
-from .trace import Kind, Trace, aten, is_computed, mapped, refuse
+from .trace import Kind, Trace, aten, is_computed, is_pointwise, mapped, refuse
 
 Rule = Callable[..., "Tensor | list[Tensor] | Complex"]
 RULES: dict[Any, Rule] = {}
 COMPLEX_RULES: dict[Any, Rule] = {}
+# Operations that are right for positions and some before them, beside those on each element alone.
+STRETCHABLE: set[Any] = set()
 # Operations that read a mask made of a padding mask by its values.
 READS_MASKS = {aten.scaled_dot_product_attention.default}
 
@@ -127,6 +129,8 @@ class Follower:
         reads_masks = node.target in READS_MASKS
         args, kwargs = mapped(node, lambda n: n if reads_masks and n in self.trace.masks else self._operand(n))
         followed_by = self._rule(node, args)
+        if node.target not in STRETCHABLE and not is_pointwise(node.target):
+            _refuse_stretched(node, args)
         try:
             result = followed_by(self, node, *args, **kwargs)
         except (AttributeError, TypeError) as error:  # a table where the rule knows data, or the other way round
@@ -368,6 +372,14 @@ class Follower:
         return self.emit.op(
             "Slice", present, self.emit.constant([0]), self.emit.size(Role.KEY), self.emit.constant([2])
         )
+
+
+def _refuse_stretched(node: fx.Node, args: Any) -> None:
+    """An operation that knows positions alone would take those before them for new ones."""
+    operands = [o for a in args for o in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(o, Tensor)]
+    if any(atom.role is Role.STRETCH for o in operands for atom in flat(o.axes)):
+        why = "takes positions to which some were added, or of which some were cut off"
+        raise refuse(node, why, "cut the sequence back to its own length first, as with [:, :length]")
 
 
 def scatter(emit: Emitter, past: ir.Value, new: ir.Value) -> ir.Value:

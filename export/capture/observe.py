@@ -20,8 +20,9 @@ from .walk import follow_all
 
 @dataclass
 class Observed:
-    """The graph, and for each stack its outputs, (batch, heads, query, key) each, in the order of its layers."""
+    """The graph of a trace, and for each stack its outputs, (batch, heads, query, key), in the order of its layers."""
 
+    trace: Trace
     model: ir.Model
     maps: dict[str, list[str]]
 
@@ -50,7 +51,7 @@ def capture_attention(captured: Trace, max_length: int, max_source_length: int |
     maps: dict[str, list[str]] = {}
     for weights, query, key in observed:
         _declare(emit, maps, _stack(weights, query, key, both), weights, query, key)
-    return Observed(emit.model("attention", 24 if emit.needs_opset_24 else 21), maps)
+    return Observed(captured, emit.model("attention", 24 if emit.needs_opset_24 else 21), maps)
 
 
 def _stack(weights: Tensor, query: int, key: int, both: bool) -> str:

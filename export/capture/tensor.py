@@ -90,10 +90,17 @@ def shape_vector(emitter: Emitter, axes: Sequence[Axis], lies: Sequence[Axis]) -
 def _product(emitter: Emitter, axis: Axis) -> ir.Value:
     size: ir.Value | None = None
     for atom in axis:
-        factor = emitter.size(atom.role) if atom.role else emitter.constant([atom.size], np.int64)
+        factor = _size(emitter, atom)
         size = factor if size is None else emitter.op("Mul", size, factor)
     assert size is not None
     return size
+
+
+def _size(emitter: Emitter, atom: Atom) -> ir.Value:
+    if atom.role is Role.STRETCH:
+        seq = emitter.size(Role.QUERY if Role.QUERY in emitter.interface.sizes else Role.KEY)
+        return emitter.op("Add", seq, emitter.constant([atom.before]))
+    return emitter.size(atom.role) if atom.role else emitter.constant([atom.size], np.int64)
 
 
 def size_vector(emitter: Emitter, axes: Sequence[Axis]) -> ir.Value:

@@ -9,7 +9,7 @@ from torch import fx
 from .follow import Follower
 from .regions import Region, find_region, is_product
 from .rules.attention import lower_region
-from .trace import Trace
+from .trace import Trace, read_for_values
 
 
 def follow_all(f: Follower, nodes: Collection[fx.Node]) -> None:
@@ -42,5 +42,5 @@ def _needed(captured: Trace) -> set[fx.Node]:
         node = todo.pop()
         if node not in needed:
             needed.add(node)
-            todo += node.all_input_nodes
+            todo += read_for_values(node) if node.op == "call_function" else node.all_input_nodes
     return needed

@@ -12,7 +12,7 @@ from torch import nn
 
 from tfinfer.manifest import CacheSpec, DecoderRoles, Manifest, StateSpec
 from tfinfer.proof import golden
-from tfinfer.proof.cases import grid
+from tfinfer.proof.cases import Sources, grid
 from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, open_session, prove
 
 from ..capture import Captured, Observed, Trace, capture_decoder
@@ -33,19 +33,7 @@ class DecoderJob:
         return {"kind": "decoder", **decoder_fields(self.captured, dtype)}
 
     def expect(self, progress: Progress) -> golden.Golden:
-        captured, reference = self.captured, Reference(self.module, self.captured.all_rows)
-        cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states)
-        expected = []
-        for case in cases:
-            progress(f"proof: PyTorch, {case.name}")
-            try:
-                expected.append(reference.expected(case))
-            except (IndexError, RuntimeError):
-                reference.check_takes(captured.max_length)
-                raise
-        prompt = greedy_prompt(captured)
-        tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - len(prompt)))
-        return golden.Golden(cases, expected, prompt, tokens)
+        return expect(Reference(self.module, self.captured.all_rows), self.captured, progress)
 
     def save(self, path: Path, expected: golden.Golden) -> None:
         golden.save(path, expected)
@@ -57,6 +45,27 @@ class DecoderJob:
 
     def observe(self) -> Observed | None:
         return observe(self.trace, self.captured.max_length)
+
+
+def expect(
+    reference: Reference, captured: Captured, progress: Progress, sources: Sources | None = None
+) -> golden.Golden:
+    """What a module that generates computes for the cases of its proof; `sources`: those of an encoder-decoder."""
+    cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states, sources=sources)
+    expected = []
+    for case in cases:
+        progress(f"proof: PyTorch, {case.name}")
+        try:
+            expected.append(reference.expected(case))
+        except (IndexError, RuntimeError):
+            reference.check_takes(captured.max_length, None if sources is None else sources.max_length)
+            raise
+    count = min(12, max(1, captured.max_length // 4))
+    prompt, source = np.random.default_rng(1).integers(0, captured.vocab_size, count), None
+    if sources is not None:
+        source = np.random.default_rng(2).integers(0, sources.vocab_size, min(11, sources.max_length))
+    tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - count), source)
+    return golden.Golden(cases, expected, prompt, tokens, source)
 
 
 def decoder_fields(captured: Captured, dtype: str) -> dict[str, Any]:
@@ -89,12 +98,6 @@ def decoder_fields(captured: Captured, dtype: str) -> dict[str, Any]:
         "all_rows": captured.all_rows,
         "keeps_window": captured.keeps_window,
     }
-
-
-def greedy_prompt(captured: Captured) -> Any:
-    """Some ids to continue greedily."""
-    count = min(12, max(1, captured.max_length // 4))
-    return np.random.default_rng(1).integers(0, captured.vocab_size, count)
 
 
 def generating_verdict(

@@ -6,18 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from tfinfer.errors import InputError
 from tfinfer.manifest import CrossSpec, EncoderRoles, Manifest
 from tfinfer.proof import golden
-from tfinfer.proof.cases import Sources, grid
-from tfinfer.proof.prove import GREEDY_TOKENS, Verdict
+from tfinfer.proof.cases import Sources
+from tfinfer.proof.prove import Verdict
 
 from ..capture import Observed, capture_encoder_decoder
 from ..verify import Reference, observe
-from .decoder import decoder_fields, generating_verdict, greedy_prompt
+from .decoder import decoder_fields, expect, generating_verdict
 from .job import Asked, Progress
 
 if TYPE_CHECKING:
@@ -57,20 +56,10 @@ class PairJob:
         }
 
     def expect(self, progress: Progress) -> golden.Golden:
-        captured, pair = self.pair.decoder, self.pair
         source_name, target_name = (argument.name for argument in self.form.arguments)
-        reference = Reference(self.form.module, captured.all_rows, target_name, source_name)
-        sources = Sources(pair.source_vocab_size, pair.max_source_length)
-        cases = grid(captured.vocab_size, captured.max_length, rewinds=not captured.states, sources=sources)
-        expected = []
-        for case in cases:
-            progress(f"proof: PyTorch, {case.name}")
-            expected.append(reference.expected(case))
-        count = min(11, pair.max_source_length)
-        source = np.random.default_rng(2).integers(0, pair.source_vocab_size, count)
-        prompt = greedy_prompt(captured)
-        tokens = reference.greedy(prompt, min(GREEDY_TOKENS, captured.max_length - len(prompt)), source)
-        return golden.Golden(cases, expected, prompt, tokens, source)
+        reference = Reference(self.form.module, self.pair.decoder.all_rows, target_name, source_name)
+        sources = Sources(self.pair.source_vocab_size, self.pair.max_source_length)
+        return expect(reference, self.pair.decoder, progress, sources)
 
     def save(self, path: Path, expected: golden.Golden) -> None:
         golden.save(path, expected)

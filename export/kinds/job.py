@@ -49,4 +49,4 @@ class Job(Protocol):
         """Run the cases on the folder's graphs and compare."""
 
     def observe(self) -> Observed | None:
-        """The graph of the weights of attention, proved against the module; None where it has none to show."""
+        """The graph of the weights of attention, to be checked once it is written; None where it has none to show."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import fx
 
@@ -20,17 +20,22 @@ LENGTH, SOURCE_LENGTH, CLOSE = 9, 7, 1e-5
 
 
 def observe(captured: Trace, max_length: int, max_source_length: int | None = None) -> Observed | None:
-    """The graph, or None where the module has no softmax over positions to show. Raises ProofError if it is wrong."""
+    """The graph, or None where the module has no softmax over positions to show."""
     try:
-        observed = capture_attention(captured, max_length, max_source_length)
+        return capture_attention(captured, max_length, max_source_length)
     except CaptureError:
         return None
+
+
+def check_observed(observed: Observed, file: Path) -> None:
+    """Run the graph as it was written to `file`. Raises ProofError where its weights are not the module's."""
+    captured = observed.trace
     feeds = _feeds(captured)
     with torch.no_grad():
         watched = _Watched(captured)
         watched.run(*(torch.from_numpy(feeds[node]) for node in captured.inputs))
     names = [name for outputs in observed.maps.values() for name in outputs]
-    got = _run(observed.model, captured, feeds)
+    got = _run(file, captured, feeds)
     if len(watched.weights) != len(names):
         raise ProofError(f"the module has {len(watched.weights)} attentions, the graph of their weights {len(names)}")
     expected = dict(zip(sorted(names, key=_order(observed)), watched.weights))
@@ -40,7 +45,6 @@ def observe(captured: Trace, max_length: int, max_source_length: int | None = No
             raise ProofError(f"the weights {name} are not those of the module")
         if np.abs(other.sum(-1) - 1).max() > CLOSE:
             raise ProofError(f"the rows of the weights {name} do not sum to 1")
-    return observed
 
 
 def _order(observed: Observed) -> Callable[[str], int]:
@@ -63,7 +67,7 @@ def _feeds(captured: Trace) -> dict[fx.Node, Any]:
     return feeds
 
 
-def _run(model: ir.Model, captured: Trace, feeds: dict[fx.Node, Any]) -> dict[str, Any]:
+def _run(file: Path, captured: Trace, feeds: dict[fx.Node, Any]) -> dict[str, Any]:
     both = captured.seq is not None and captured.source is not None
     named = {}
     for node, argument in captured.inputs.items():
@@ -72,7 +76,7 @@ def _run(model: ir.Model, captured: Trace, feeds: dict[fx.Node, Any]) -> dict[st
             named[name[argument.kind]] = feeds[node]
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime().InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    session = onnxruntime().InferenceSession(str(file), options)
     outputs = [value.name for value in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
     return dict(zip(outputs, session.run(outputs, {n: v for n, v in named.items() if n in wanted})))

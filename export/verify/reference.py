@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from tfinfer.errors import CaptureError, InputError, ProofError
 from tfinfer.proof.cases import Case, Row
 
 from ..capture.trace import inference_mode_of
+from .head import find_head, only_rows
 
 Ids = npt.NDArray[np.int64]
+LONG = 1024  # tokens: from here on only the wanted rows of a pass become logits
 
 
 class Reference:
@@ -39,20 +42,26 @@ class Reference:
                 out = logits_of(self.module(**{self.source: given, self.target: row}))
         return out.reshape(-1, out.shape[-1]).float()
 
-    def check_takes(self, ceiling: int) -> None:
-        """Raises InputError where the module itself fails at `ceiling` tokens, which its trace allows."""
+    def check_takes(self, ceiling: int, source_ceiling: int | None = None) -> None:
+        """Raises InputError where the module itself fails at that many tokens, which its trace allows."""
+        short = np.ones(2, np.int64)
+        self._check_one(ceiling, "--max-length", lambda ids: self.logits(ids, short if self.source else None))
+        if source_ceiling is not None:
+            self._check_one(source_ceiling, "--max-source-length", lambda ids: self.logits(short, ids))
 
+    @staticmethod
+    def _check_one(ceiling: int, option: str, run: Callable[[Ids], object]) -> None:
         def takes(length: int) -> bool:
             try:
                 for one in (0, 1):  # one of the two may be padding, which may count for nothing
-                    self.logits(np.full(length, one))
+                    run(np.full(length, one))
             except (IndexError, RuntimeError):
                 return False
             return True
 
         if (longest := longest_taken(takes, ceiling)) < ceiling:
             raise InputError(
-                f"the module fails beyond {longest} tokens, which does not show before it runs: give --max-length "
+                f"the module fails beyond {longest} tokens, which does not show before it runs: give {option} "
                 f"{longest} or less"
             )
 
@@ -62,12 +71,33 @@ class Reference:
         for number, sequence in enumerate(case.sequences):
             rows, source = [row for row in case.rows if row.sequence == number], case.source_of(number)
             if self.all_rows and rows:
-                whole = self.logits(sequence, source)
-                found |= {row: whole[row.position].numpy() for row in rows}
+                positions = sorted({row.position for row in rows})
+                logits = self._rows(sequence, source, positions).numpy().copy()
+                found |= {row: logits[positions.index(row.position)] for row in rows}
             else:
                 last = _last_of_each_call(rows)
                 found |= {row: self.logits(sequence[: row.position + 1], source)[-1].numpy() for row in last}
         return found
+
+    def _rows(self, ids: Ids, source: Ids | None, positions: list[int]) -> torch.Tensor:
+        """The logits of some positions, (len(positions), vocab)."""
+        if len(ids) >= LONG and self._head is not None:
+            with only_rows(self._head, positions, len(ids)):
+                kept = self.logits(ids, source)
+            if len(kept) == len(positions):
+                return kept
+        return self.logits(ids, source)[positions]
+
+    @cached_property
+    def _head(self) -> nn.Linear | None:
+        ids, found = np.zeros(2, np.int64), torch.empty(0)
+
+        def run() -> None:
+            nonlocal found
+            found = self.logits(ids, ids if self.source else None)
+
+        run()
+        return find_head(self.module, run, found.shape[-1])
 
     def greedy(self, prompt: Ids, count: int, source: Ids | None = None) -> Ids:
         """The next `count` tokens, each from a full pass over everything before it."""

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import tfinfer  # noqa: E402
+from tfinfer.errors import InputError
 from tfinfer.export import export_model  # noqa: E402
 from tfinfer.export.sources import load_source  # noqa: E402
 from tfinfer.proof.prove import verify_folder  # noqa: E402
@@ -278,3 +279,26 @@ def test_nothing_of_the_source_is_made_again(pair):
     name, _, ours = pair
     feed_forward = 3 if name == "t5-gated" else 2
     assert_nothing_of_the_source_is_made_again(ours.folder, ours.manifest, (4 + 2 + feed_forward) * LAYERS + 1)
+
+
+def test_a_source_longer_than_the_module_takes_is_refused_with_the_length_that_works(tmp_path):
+    """Positions that are counted by the ids are no guard of the trace: they fail when the module runs."""
+    torch.manual_seed(0)
+
+    class Pair(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = torch.nn.Embedding(23, 16), torch.nn.Embedding(41, 16)
+            self.head = torch.nn.Linear(16, 23)
+
+        def forward(self, source_ids, input_ids):
+            at = source_ids.ne(0).long().cumsum(1)  # a padding id counts for nothing
+            memory = self.words(source_ids) + self.places(at)
+            x = self.words(input_ids)[:, None]
+            x = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0]
+            return self.head(x + torch.nn.functional.scaled_dot_product_attention(x, memory, memory))
+
+    with pytest.raises(InputError, match="fails beyond 40 tokens.*give --max-source-length 40 or less"):
+        export_model(Pair(), tmp_path / "out", start_ids=[1], max_length=50, max_source_length=60)
+    assert not (tmp_path / "out").exists()
+    export_model(Pair(), tmp_path / "out", start_ids=[1], max_length=50, max_source_length=40)

@@ -54,9 +54,41 @@ class Flips(Small):
         return self.causal(x) + x.flip(1)
 
 
-class Shifts(Small):
+class ShiftsLeft(Small):
     def block(self, x):
-        return self.causal(x) + F.pad(x, (0, 0, 1, 0))[:, :-1]
+        return self.causal(x) + F.pad(x, (0, 0, 0, 1))[:, 1:]
+
+
+class ShiftsLeftByCat(Small):
+    def block(self, x):
+        return self.causal(x) + torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
+
+
+class AttendsToShifted(Small):
+    """A position more than the queries have: the rules of attention know nothing of it."""
+
+    def block(self, x):
+        k = F.pad(x, (0, 0, 1, 0))
+        return F.scaled_dot_product_attention(x, k, k)
+
+
+class MeetsAnotherShift(Small):
+    """As long, and yet not the same positions."""
+
+    def block(self, x):
+        return self.causal((F.pad(x, (0, 0, 1, 0)) + F.pad(x, (0, 0, 0, 1)))[:, :-1])
+
+
+class Strides(Small):
+    def block(self, x):
+        y = F.conv1d(F.pad(x.transpose(1, 2), (1, 0)), self.mix.weight[:, :, None].expand(-1, -1, 2), stride=2)
+        return self.causal(x) + y.repeat_interleave(2, 2)[..., : x.shape[1]].transpose(1, 2)
+
+
+class Chunks(Small):
+    def block(self, x):
+        y = F.pad(x, (0, 0, 0, -x.shape[1] % 4)).unflatten(1, (-1, 4))
+        return self.causal(x) + y.cumsum(2).flatten(1, 2)[:, : x.shape[1]]
 
 
 class Convolves(Small):
@@ -138,8 +170,13 @@ REFUSED = [
     (OneAhead, "softmax", "position 0 attends to position 1"),
     (Averages, "mean", "mixes positions"),
     (Flips, "flip", "no rule"),
-    (Shifts, "pad", "no rule"),
-    (Convolves, "conv1d", "no rule"),
+    (ShiftsLeft, "slice", "positions that come 1 later"),
+    (ShiftsLeftByCat, "slice", "positions that come 1 later"),
+    (AttendsToShifted, "scaled_dot_product_attention", "positions to which some were added"),
+    (MeetsAnotherShift, "add", "others that were cut off elsewhere"),
+    (Convolves, "conv1d", "reads 1 positions ahead"),
+    (Strides, "conv1d", "stride of 2"),
+    (Chunks, "pad", "cuts the sequence in chunks"),
     (NormalisesOverTime, "softmax", "mixes positions"),
     (DependsOnLength, "div", "length of the whole sequence"),
     (BiasFromTheEnd, "mul", "depends on the length of the whole sequence"),

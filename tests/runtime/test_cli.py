@@ -459,3 +459,18 @@ def test_errors_are_red_only_on_a_terminal_that_wants_it(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     console.fail("x")
     assert terminal.getvalue() == "error: x\n"
+
+
+def test_a_bar_says_which_of_the_stages_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with console.Status(stages=("capture", "write", "proof")) as status:
+        status("write")
+        status("proof: the longest length")
+        status("something else")
+    shown = terminal.getvalue().split("\r")
+    assert [line.rstrip() for line in shown if line.strip()] == [
+        "[###...] 2/3 write ...",
+        "[#####.] 3/3 proof: the longest length ...",
+        "something else ...",
+    ]

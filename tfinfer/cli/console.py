@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
@@ -81,11 +81,12 @@ def many(count: int, noun: str) -> str:
 class Status:
     """One line on stderr that says what is being done: rewritten in place on a terminal, else a line each if `verbose`.
 
-    A context manager; leaving it wipes the line.
+    stages: the names of all that will be done, in order: a bar before the line then says how far it is. What is being
+    done may say more behind its stage's name and a colon. A context manager; leaving it wipes the line.
     """
 
-    def __init__(self, verbose: bool = False) -> None:
-        self._verbose = verbose
+    def __init__(self, verbose: bool = False, stages: Sequence[str] = ()) -> None:
+        self._verbose, self._stages = verbose, stages
         self._live = not verbose and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._width = 0
 
@@ -98,7 +99,14 @@ class Status:
     def __call__(self, stage: str) -> None:
         if self._verbose:
             remark(stage)
-        self._show(f"{stage} ...")
+        self._show(f"{self._bar(stage)}{stage} ...")
+
+    def _bar(self, stage: str) -> str:
+        name = stage.partition(":")[0]
+        if name not in self._stages:
+            return ""
+        done, count = self._stages.index(name), len(self._stages)
+        return f"[{'#' * (2 * done + 1)}{'.' * (2 * (count - done) - 1)}] {done + 1}/{count} "
 
     def _show(self, text: str) -> None:
         if not self._live or (not text and not self._width):

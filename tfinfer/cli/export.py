@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DTYPES, FLAVORS = ("fp32", "fp16", "bf16"), ("ort", "standard")
 KINDS = ("auto", "encoder", "decoder", "encoder-decoder")
+STAGES = ("import torch", "read the source", "capture", "passes", "write", "proof", "seal")
 NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 
 
@@ -63,7 +64,10 @@ def command(source: str, out: Path, kind: str, overwrite: bool, verbose: bool, a
     a folder with a Hugging Face checkpoint of a causal language model. Its code is run. The result is proved against
     the module before anything is written.
     """
-    with Status(verbose) as status, contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is no result
+    with (
+        Status(verbose, STAGES) as status,
+        contextlib.redirect_stdout(sys.stderr),
+    ):  # what the user's code prints is no result
         status("import torch")
         with _needing_torch():
             from tfinfer.export import export_model

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Axis
+from ..axes import Atom, Axes, Axis, Role
 from ..emitter import DTYPES, Emitter
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, refined, working
@@ -33,9 +33,11 @@ def broadcast(f: Follower, node: fx.Node, operands: Sequence[Any]) -> Axes:
         solid = [axis for axis in found if not any(a.repeat for a in axis)] or [
             a for axis in found[:1] for a in followed((axis,))
         ]
-        roles = {tuple(a.role for a in axis if a.role) for axis in found}
+        roles = {tuple((a.role, a.before, a.after) for a in axis if a.role) for axis in found}
         if len(roles) > 1:
-            raise refuse(node, f"new positions meet all positions along axis {i}")
+            shifted = any(role is Role.STRETCH for kinds in roles for role, *_ in kinds)
+            other = "others that were cut off elsewhere" if shifted else "all positions"
+            raise refuse(node, f"new positions meet {other} along axis {i}")
         if solid:
             result.append(solid[0])
         else:

@@ -14,6 +14,7 @@ from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, working
 from ..trace import arguments, aten, refuse
 from .elementwise import broadcast, elementwise, named
+from .shifts import cut, is_sequence, put_in_front
 
 
 @rule(operator.getitem)
@@ -45,6 +46,8 @@ def slice_(
         if f.is_whole and after == 1 and isinstance(start, int):
             one = taken(f, x, dim, start)
             return one.seen_as((*one.axes[:dim], (), *one.axes[dim:]))
+        if is_sequence(f, x, dim):
+            return cut(f, node, x, dim, start or 0, before, after, step)
         raise refuse(node, "takes a part of the positions or rows", "only all or the last position can be taken")
     start, end = (f.number(node, b) for b in (start, end))
     bounds = [f.emit.constant([b]) for b in (start or 0, sys.maxsize if end is None else end)]
@@ -169,6 +172,8 @@ def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
     dim %= len(shape)
     stacked = node.target is aten.stack.default
     data = [t for t in tensors if isinstance(t, Tensor)]
+    if not stacked and len(data) == 1 and is_sequence(f, data[0], dim):
+        return put_in_front(f, node, tensors, data[0], dim)
     if any(not isinstance(t, Tensor) for t in tensors):
         raise refuse(node, "joins data with a table", "add or multiply tables instead")
     if stacked:
