@@ -15,7 +15,6 @@ import numpy as np
 from tfinfer.errors import ClosedError, InputError, LengthError
 from tfinfer.manifest import CacheSpec
 from tfinfer.session.decoder import Decoder, Ids, Logits
-from tfinfer.session.memory import ELEMENT_TYPES
 from tfinfer.session.ort import onnxruntime
 
 
@@ -53,7 +52,7 @@ class ConcatCache:
         empty = [np.zeros((1, spec.num_kv_heads, 0, spec.head_dim), spec.dtype) for spec in specs]
         self._empty = Held(self._block(empty, 1, 0), 0)
         self._held: dict[int, Held] = {}
-        self._next = 0
+        self._next = self._most = 0
         self.moved = 0  # bytes copied to bring rows together or to cut them; what the graph copies is not counted
         self.closed = False
 
@@ -65,8 +64,8 @@ class ConcatCache:
     # -- what there is ------------------------------------------------------------------------------------------
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is held; what slots share counts once."""
-        return sum({id(held.block): held.block.nbytes for held in self._held.values()}.values())
+        """Bytes of all that was held at once at most; what slots share counts once."""
+        return self._most
 
     @property
     def live(self) -> list[int]:
@@ -197,6 +196,8 @@ class ConcatCache:
         for row, slot in enumerate(slots):
             self._of(slot)
             self._held[slot] = Held(block, row)
+        held = {id(held.block): held.block.nbytes for held in self._held.values()}
+        self._most = max(self._most, sum(held.values()))
 
 
 class ConcatDecoder(Decoder):
@@ -251,7 +252,7 @@ class ConcatDecoder(Decoder):
         binding.bind_output(roles.logits, "cpu", 0, kind, logits.shape, logits.ctypes.data)
         for entry, value in zip(self.manifest.cache, past.values):
             binding.bind_ortvalue_input(entry.past, value)
-            binding.bind_output(entry.present, self.device, 0, ELEMENT_TYPES[entry.dtype])
+            binding.bind_output(entry.present, self.device, 0)
         self._run(binding)
         values = dict(zip([roles.logits, *(entry.present for entry in self.manifest.cache)], binding.get_outputs()))
         made = tuple(values[entry.present] for entry in self.manifest.cache)
