@@ -69,7 +69,7 @@ def choose_graph(folder: Path, asked: str | None) -> str:
     """The graph that is meant, relative to the folder. Raises InputError where that is not clear."""
     there = sorted(p.relative_to(folder).as_posix() for p in (*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")))
     if asked is not None:
-        fitting = [name for name in there if asked in (name, PurePosixPath(name).name)]
+        fitting = [n for n in there if n == asked] or [n for n in there if PurePosixPath(n).name == asked]
         if len(fitting) != 1:
             raise InputError(f"{folder}: expected --file to name one of {_listed(there)}; got {asked!r}")
         return fitting[0]
