@@ -85,7 +85,7 @@ def _genai(manifest: Manifest) -> dict[str, Any]:
         "outputs": outputs,
     }
     model: dict[str, Any] = {"type": GENAI_TYPE, "context_length": manifest.max_length}
-    model |= {"vocab_size": manifest.num_logits, "pad_token_id": pad, "eos_token_id": list(ids.eos) or [-1]}
+    model |= {"vocab_size": manifest.num_logits, "pad_token_id": pad, "eos_token_id": list(ids.eos)}
     model |= {} if ids.bos is None else {"bos_token_id": ids.bos}
     search = {"do_sample": False, "max_length": manifest.max_length, "num_beams": 1, "past_present_share_buffer": True}
     return {"genai_config.json": {"model": model | {"decoder": decoder}, "search": search}}

@@ -49,8 +49,8 @@ def probe(session: Any, parts: DecoderParts, said: Description) -> Found:
         wanted = (1, entry.num_kv_heads, length, entry.head_dim)
         if (came := whole[entry.present].shape) != wanted:
             raise IncompatibleModelError(
-                f"{entry.present}: expected {wanted} for {NEW} ids and an empty cache, got {came}: this is no cache "
-                "that grows by position"
+                f"{entry.present}: expected {wanted} for {NEW} ids and an empty cache, got {came}: either the "
+                "files beside the graph say other sizes than it has, or this is no cache that grows by position"
             )
     shape = whole[parts.logits].shape
     if len(shape) != 3 or shape[0] != 1 or shape[1] not in (1, NEW):
