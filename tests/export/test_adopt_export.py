@@ -64,6 +64,36 @@ def test_logits_of_the_last_row_alone_are_enough(tmp_path):
         assert ids[0] == ids[1]
 
 
+def test_a_scalar_that_says_how_many_logits_is_fed_at_every_step(tmp_path):
+    adopted = adopt(made(tmp_path, keep=True))
+    assert adopted.manifest.roles.logits_to_keep == "num_logits_to_keep"
+    with tfinfer.load(tmp_path) as model:
+        cache = model.decoder.open_cache(1, 32)
+        slot = cache.acquire()
+        assert model.decoder.prefill(cache, slot, [3, 4, 5, 6], keep=2).shape == (2, 40)
+        assert model.decoder.step(cache, [slot], [7]).shape == (1, 40)
+
+
+def test_half_width_graphs_give_their_logits_as_float32(tmp_path):
+    made(tmp_path)
+    model = onnx.load(tmp_path / "model.onnx")
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        kind = value.type.tensor_type
+        kind.elem_type = TensorProto.FLOAT16 if kind.elem_type == TensorProto.FLOAT else kind.elem_type
+    for tensor in graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.maximum(array, -1e4).astype(np.float16), tensor.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    adopted = adopt(tmp_path)
+    assert adopted.manifest.dtype == "float16"
+    assert adopted.manifest.cache[0].dtype == "float16"
+    with tfinfer.load(tmp_path) as half, tfinfer.load(adopt(made(tmp_path / "float")).folder) as whole:
+        logits = [m.generate([3, 4, 5], max_tokens=1, logprobs=5, stop_ids=[]).logprobs[0] for m in (half, whole)]
+    assert abs(logits[0].logprob - logits[1].logprob) < 0.05
+
+
 def test_a_graph_whose_cache_is_wrong_is_refused_and_nothing_is_written(tmp_path):
     made(tmp_path, wrong=True)
     before = sorted(path.name for path in tmp_path.iterdir())

@@ -71,12 +71,12 @@ def _seen(b, lazy):
 
 def decoder(
     path: Path, *, branch: bool = False, lazy: bool = False, open_sizes: bool = False, wrong: bool = False,
-    last_row: bool = False, external: bool = False, extra: tuple = (),
+    last_row: bool = False, keep: bool = False, external: bool = False, extra: tuple = (),
 ) -> None:  # fmt: skip
     """Write one. branch: a flag says whether there is a past. lazy: behind a past only one new position is right.
 
     open_sizes: heads and sizes are named axes. wrong: what is cached is not what a whole pass has. last_row: logits of
-    the last position alone. extra: further inputs.
+    the last position alone. keep: of so many as a scalar input says. extra: further inputs.
     """
     b = Builder()
     words = b.node("Gather", b.weight("words", VOCAB, HIDDEN), "input_ids")
@@ -93,6 +93,11 @@ def decoder(
     x = b.node("Add", x, b.node("MatMul", merged, b.weight("o", HEADS * SIZE, HIDDEN)))
     if last_row:
         x = b.node("Gather", x, b.constant("tail", np.array([-1])), axis=1)
+    if keep:
+        start = b.node("Unsqueeze", b.node("Neg", "num_logits_to_keep"), b.constant("at", np.array([0])))
+        ends = (b.constant("end", np.array([2**31])), b.constant("axis", np.array([1])))
+        x = b.node("Slice", x, start, *ends)
+        extra = (*extra, ("num_logits_to_keep", TensorProto.INT64, []))
     b.node("MatMul", x, b.weight("head", HIDDEN, VOCAB), out="logits")
     save(path, b, branch, open_sizes, external, extra)
 
