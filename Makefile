@@ -60,6 +60,16 @@ test-real: setup
 test-slow: setup
 	$(PYTEST) -m slow tests
 
+# Our folders in onnxruntime-genai and optimum, and theirs here. optimum-onnx wants transformers below 4.58, so it has an
+# environment of its own, which the tests call as a program.
+test-interop: setup
+	$(INSTALL) --editable '.[interop]'
+	test -x .venv-optimum/bin/optimum-cli || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-optimum/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.31.1 onnx==1.23.2 \
+		optimum-onnx==0.1.0 'transformers<4.58' torch==2.13.0
+	TFINFER_OPTIMUM_PYTHON=.venv-optimum/bin/python $(PYTEST) -m interop -rs tests/interop
+
 # Parity and a benchmark on a machine with a CUDA device; there, `pip install 'tfinfer[gpu,export]'` first.
 cuda:
 	$(PYTHON) -m pytest -m cuda -rs tests
@@ -75,4 +85,4 @@ bench: setup
 	$(BIN)/python benchmarks/decode.py
 
 clean:
-	rm -rf $(VENV) .venv-runtime build dist out *.egg-info
+	rm -rf $(VENV) .venv-runtime .venv-optimum build dist out *.egg-info

@@ -33,7 +33,7 @@ from tfinfer.proof import golden
 from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
 
-from . import graph_files
+from . import graph_files, neighbours
 from .capture import DEFAULT_MAX_LENGTH, Observed
 from .capture.plain import InputSpec, parse_input
 from .folder import check_target, new_folder
@@ -67,6 +67,7 @@ def export_model(
     inputs: Sequence[InputSpec | str] = (),
     start_ids: Sequence[int] | None = None,
     attention: bool = True,
+    also: Sequence[str] = (),
     tokenizer: str | os.PathLike[str] | None = None,
     adapters: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
@@ -85,6 +86,7 @@ def export_model(
         inputs: of a module that takes something else than ids, as "pixels:float32[batch,3,height,width]".
         start_ids: what the target of an encoder-decoder begins with; by default what the source or its tokenizer says.
         attention: whether to add the small graph that `tfinfer attention` asks.
+        also: "genai" and "optimum": write what onnxruntime-genai and optimum need to run the folder as well.
         tokenizer: a tokenizer.json to take along.
         adapters: folders of PEFT adapters (LoRA) to merge into a live module's weights; the module keeps its own.
 
@@ -105,8 +107,9 @@ def export_model(
     starts = tuple(source.decoder_start if start_ids is None else start_ids) or _bos(source)
     specs = tuple(parse_input(given) if isinstance(given, str) else given for given in inputs)
     asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
+    extra = neighbours.check_names(also)
     with torch.autocast("cpu", enabled=False):  # the user's own, around the call
-        return _Export(source, target, dtype, kind, asked, attention, progress).run(overwrite)
+        return _Export(source, target, dtype, kind, asked, attention, extra, progress).run(overwrite)
 
 
 def _bos(source: Source) -> tuple[int, ...]:
@@ -137,10 +140,11 @@ class _Export:
     """One export: what it was asked for, and how long each stage took."""
 
     def __init__(
-        self, source: Source, target: Path, dtype: str, kind: str, asked: Asked, attention: bool, progress: Progress
-    ) -> None:
+        self, source: Source, target: Path, dtype: str, kind: str, asked: Asked, attention: bool,
+        also: Sequence[str], progress: Progress,
+    ) -> None:  # fmt: skip
         self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
-        self.attention = attention
+        self.attention, self.also = attention, also
         self._progress = progress
         self.maps: tuple[MapSpec, ...] = ()
         self.seconds: dict[str, float] = {}
@@ -173,6 +177,7 @@ class _Export:
                 check_observed(observed, folder / "attention.onnx")
             self._copy_text(folder)
             draft = self._manifest(job, graphs, folder)
+            neighbours.write(self.also, draft, folder)
             self.stage("proof")
             verdicts, proof = self._prove(job, graphs, draft, folder)
             self.stage("seal")

@@ -14,7 +14,7 @@ from tfinfer.manifest import FILE_NAME, Manifest
 from tfinfer.model import Messages, Model, Prompt
 from tfinfer.request import Options, Request, read_settings
 from tfinfer.session.cache import Cache
-from tfinfer.session.decoder import Decoder
+from tfinfer.session.choose import open_decoder
 from tfinfer.session.encoder_decoder import EncoderDecoder
 from tfinfer.tokens.beams import Penalties, beam_search
 from tfinfer.tokens.generate import Batch, check_lengths
@@ -28,8 +28,7 @@ class GeneratingModel(Model):
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         super().__init__(manifest, folder)
         _check_token_ids(manifest)
-        kind = EncoderDecoder if manifest.kind == "encoder-decoder" else Decoder
-        self.decoder = kind(manifest, folder, device=device, threads=threads)
+        self.decoder = open_decoder(manifest, folder, device=device, threads=threads)
         self.device, self.threads, self.reason = self.decoder.device, self.decoder.threads, self.decoder.reason
         self._pool: list[Cache] = []
 

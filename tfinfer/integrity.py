@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tfinfer.errors import CorruptModelError, UnsafeModelError
 from tfinfer.manifest import FileSpec, Manifest, is_plain_name
@@ -25,9 +25,17 @@ def sha256(path: Path) -> str:
 def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:
     """Every file is there, of its size and hash, and no link. Raises CorruptModelError or UnsafeModelError."""
     for name, expected in manifest.files.items():
+        check_parents(folder, name)
         _check_file(folder / name, expected, hashes)
     for graph in manifest.graphs.values():
         check_graph((folder / graph.file).read_bytes(), graph.file, manifest.files)
+
+
+def check_parents(folder: Path, name: str) -> None:
+    """A file's own folders inside `folder` are folders. Raises UnsafeModelError for a link, which leads elsewhere."""
+    for inner in PurePosixPath(name).parents:
+        if inner != PurePosixPath(".") and (folder / inner).is_symlink():
+            raise UnsafeModelError(f"{folder / inner}: expected a folder inside the folder, found a link")
 
 
 def _check_file(path: Path, expected: FileSpec, hashes: bool) -> None:
@@ -48,10 +56,11 @@ def _check_file(path: Path, expected: FileSpec, hashes: bool) -> None:
 def check_graph(model: bytes, name: str, files: dict[str, FileSpec]) -> None:
     """The graph names no file that is not the folder's own, and no operators but ONNX's and onnxruntime's."""
     try:
-        for location, offset, length in _external_data(memoryview(model)):
-            if not is_plain_name(location) or location not in files:
+        for location, offset, length in external_data(memoryview(model)):
+            place = str(PurePosixPath(name).parent / location)  # beside the graph
+            if not is_plain_name(location) or place not in files:
                 raise UnsafeModelError(f"{name}: refers to {location!r}, which is no file of this folder")
-            if offset < 0 or length < 0 or offset + length > files[location].bytes:
+            if offset < 0 or length < 0 or offset + length > files[place].bytes:
                 raise CorruptModelError(
                     f"{name}: refers to bytes {offset} to {offset + length} of {location}, which has fewer"
                 )
@@ -63,7 +72,7 @@ def check_graph(model: bytes, name: str, files: dict[str, FileSpec]) -> None:
 Field = tuple[int, memoryview | int]
 
 
-def _fields(data: memoryview) -> Iterator[Field]:
+def fields(data: memoryview) -> Iterator[Field]:
     """(number, value) of each field of a message: bytes of the length-delimited ones, ints of the others."""
     at = 0
     while at < len(data):
@@ -108,18 +117,18 @@ NESTED = {
 }
 
 
-def _external_data(data: memoryview, kind: str = "model") -> Iterator[tuple[str, int, int]]:
+def external_data(data: memoryview, kind: str = "model") -> Iterator[tuple[str, int, int]]:
     """(location, offset, length) of every tensor that is stored outside the graph, wherever it is nested."""
     entries: dict[str, str] = {}
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if isinstance(value, int):
             continue
         if kind == "tensor" and number == 13:
-            entry = {n: bytes(v).decode() for n, v in _fields(value) if not isinstance(v, int)}
+            entry = {n: bytes(v).decode() for n, v in fields(value) if not isinstance(v, int)}
             entries[entry.get(1, "")] = entry.get(2, "")
         elif kind == "node" and number == 7 and bytes(value).decode() not in DOMAINS:
             raise UnsafeModelError(f"the graph uses operators of the unknown domain {bytes(value).decode()!r}")
         elif (inner := NESTED.get(kind, {}).get(number)) is not None:
-            yield from _external_data(value, inner)
+            yield from external_data(value, inner)
     if entries:
         yield entries.get("location", ""), int(entries.get("offset", 0)), int(entries.get("length", 0))

@@ -21,6 +21,9 @@ FORMAT_VERSION = 2
 MAX_BYTES = 1 << 20
 # The graphs that each kind cannot do without; "attention", which gives the weights of attention, may come beside them.
 KINDS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder-decoder": ("encoder", "decoder")}
+# What a step does with the cache: writes into the buffers that it reads, or gives longer ones.
+CACHE_MODES = ("in place", "concatenated")
+ADOPTED = "adopted"  # the kind of source of a folder that another exporter made
 POOLINGS = ("mean", "cls", "last", "none")
 DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
 
@@ -84,7 +87,8 @@ class CrossSpec:
 class DecoderRoles:
     """Which graph input and output plays which part; None where the graph does not take it.
 
-    source_mask: (batch, source) int64, 1 where a row's source has a token.
+    source_mask: (batch, source) int64, 1 where a row's source has a token. use_cache_branch: (1,) bool, whether there
+    is a past, of a graph that has a branch for either.
     """
 
     input_ids: str
@@ -93,6 +97,7 @@ class DecoderRoles:
     position_ids: str | None = None
     logits_to_keep: str | None = None
     source_mask: str | None = None
+    use_cache_branch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,13 +193,18 @@ class ProofCase:
 
 @dataclass(frozen=True)
 class ProofSpec:
-    """What was proved, on which device, against what; `not_run` says what could not be run and why."""
+    """What was proved, on which device, against what; `not_run` says what could not be run and why.
+
+    strict: whether numbers are compared as their dtype has it. Not so where the graph rounds activations to a few bits,
+    which turns the last digits into larger differences: there directions are, as for float16.
+    """
 
     device: str
     cases: tuple[ProofCase, ...]
     greedy_tokens: int
     golden: str | None = None
     not_run: str = ""
+    strict: bool = True
 
 
 @dataclass(frozen=True)
@@ -227,6 +237,8 @@ class Manifest:
     keeps_window: int | None = None  # positions further back may be dropped from every cache entry
     pooling: PoolingSpec | None = None
     maps: tuple[MapSpec, ...] = ()  # of the graph "attention"
+    cache_mode: str = "in place"
+    appends_one: bool = False  # whether a cache that holds something takes one more position at a time
 
     def __post_init__(self) -> None:
         def check(good: bool, what: str) -> None:
@@ -255,13 +267,17 @@ class Manifest:
             whole = given.shape[:1] == ("batch",) and given.shape.count("source") <= 1 and given.dtype in DTYPES
             sizes = [size for size in given.shape if size not in ("batch", "source")]
             check(whole and all(isinstance(n, int) and n > 0 for n in sizes), f"{given.name!r} has an odd shape")
+        check(self.cache_mode in CACHE_MODES, f"unknown cache_mode {self.cache_mode!r}")
+        grows = self.cache_mode == "concatenated"
+        alone = not (self.states or self.cross or self.keeps_window) and self.kind == "decoder"
+        check(alone or not grows, "a concatenated cache goes with no states, no sources and no window")
         check(self.pooling is None or self.pooling.mode in POOLINGS, "unknown pooling")
         check(not self.maps or "attention" in self.graphs, "maps without a graph that gives them")
         text = (self.text.tokenizer, self.text.chat_template, self.text.generation_config, self.proof.golden)
         for name in [*(graph.file for graph in self.graphs.values()), *text]:
             check(name is None or name in self.files, f"{name!r} is not among its files")
         for name in self.files:
-            check(is_plain_name(name), f"{name!r} is no plain file name")
+            check(is_inner_path(name), f"{name!r} is no plain file name, nor one in a folder inside")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -272,14 +288,21 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0:")
 
 
+def is_inner_path(name: str) -> bool:
+    """Whether a name, with / between folders, can only mean a file inside the folder."""
+    return all(map(is_plain_name, name.split("/")))
+
+
 def load_manifest(folder: Path) -> Manifest:
     """Read `folder/tfinfer.json`. Raises ManifestError, or IncompatibleModelError for a newer format."""
     path = folder / FILE_NAME
     if not folder.is_dir():
         raise ManifestError(f"{folder}: expected a folder that `tfinfer export` made; there is no such folder")
     if not path.is_file():
+        foreign = next(folder.glob("*.onnx"), None) or next(folder.glob("onnx/*.onnx"), None)
+        advice = f": to run the graphs of another exporter, `tfinfer adopt {folder}` first" if foreign else ""
         raise ManifestError(
-            f"{folder}: no {FILE_NAME} in it, so it is no exported folder, or its export did not finish"
+            f"{folder}: no {FILE_NAME} in it, so it is no exported folder, or its export did not finish{advice}"
         )
     if path.stat().st_size > MAX_BYTES:
         raise ManifestError(f"{path}: larger than {MAX_BYTES} bytes, which no manifest is")

@@ -37,7 +37,7 @@ ADVICE = {
 def load(
     folder: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None, check_hashes: bool = True
 ) -> Model:
-    """Open a folder that `tfinfer export` made.
+    """Open a folder that `tfinfer export` made, or that `tfinfer adopt` took over.
 
     Args:
         device: "cpu", "cuda" (an error unless CUDA really opens) or "auto" (`model.reason` says what it took).

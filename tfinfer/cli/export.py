@@ -62,6 +62,12 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 )
 @click.option("--start-ids", type=options.IdList(), metavar="1,2", help="What an encoder-decoder's target begins with.")
 @click.option("--attention/--no-attention", default=True, help="Add the graph that `tfinfer attention` asks.")
+@click.option(
+    "--also",
+    multiple=True,
+    type=click.Choice(["genai", "optimum"]),
+    help="Write what onnxruntime-genai or optimum needs to run the folder as well; repeatable.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a folder that an earlier export made.")
 @click.option("-v", "--verbose", is_flag=True, help="A line on stderr for each stage.")
 @options.common

@@ -140,6 +140,8 @@ def _memory_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         seen = f", window {window}" if window else ""
         yield "cache", f"{many(count, 'buffer')} of {many(heads, 'head')} x {width}, {dtype}{seen}"
     sizes = memory_sizes(manifest)
+    if manifest.cache_mode != "in place":
+        yield "cache", f"{manifest.cache_mode}: every step copies it, and rows of different lengths run one by one"
     if manifest.cache:
         whole = size(sizes["bytes_at_max_length"])
         yield "cache", f"{sizes['bytes_per_token']} bytes per token, {whole} at {manifest.max_length} tokens"
@@ -156,18 +158,23 @@ def _memory_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    from tfinfer.manifest import ADOPTED
+
     source = manifest.source
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
-    yield "source", f"{source.reference} ({source.kind}), exported {source.created} with {versions}"
+    done = "adopted" if source.kind == ADOPTED else "exported"
+    yield "source", f"{source.reference} ({source.kind}), {done} {source.created} with {versions}"
     yield "needs", ", ".join(f"{name} {version} or newer" for name, version in manifest.requires.items()) or "nothing"
 
 
 def _proof_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    from tfinfer.proof.prove import reference_of
+
     proof = manifest.proof
     for case in proof.cases:
         yield "proof", f"{case.name}: {case.measure} {case.measured:.1e} (allowed {case.allowed:g})"
     golden = f"golden file {proof.golden}" if proof.golden else "no golden file"
-    greedy = f"{proof.greedy_tokens} greedy tokens as PyTorch's; " if proof.greedy_tokens else ""
+    greedy = f"{proof.greedy_tokens} greedy tokens as {reference_of(manifest)}'s; " if proof.greedy_tokens else ""
     yield "proof", f"on {proof.device}: {greedy}{golden}"
     if proof.not_run:
         yield "proof", proof.not_run

@@ -25,6 +25,7 @@ from tfinfer.version import __version__
 
 COMMANDS = {
     "export": "Turn a PyTorch transformer into a folder that runs without torch.",
+    "adopt": "Take over a folder that another exporter made.",
     "generate": "Continue a prompt.",
     "encode": "Turn texts into vectors.",
     "attention": "Show what attends to what.",

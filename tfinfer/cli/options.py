@@ -30,7 +30,7 @@ def compute(command: F) -> F:
 
 
 def folder(command: F) -> F:
-    """The folder that `tfinfer export` made."""
+    """The folder that `tfinfer export` made, or `tfinfer adopt` took over."""
     return click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))(command)
 
 

@@ -21,7 +21,8 @@ FAILED = 4
 def command(ctx: click.Context, folder: Path, device: str, threads: int | None, as_json: bool) -> None:
     """Let a folder prove itself against its golden file.
 
-    The cases of its proof run again here; what PyTorch computed for them is in the folder. Exits 4 when one fails.
+    The cases of its proof run again here; what PyTorch computed for them, or an adopted graph without its cache, is in
+    the folder. Exits 4 when one fails.
     """
     from tfinfer.integrity import check_files
     from tfinfer.manifest import load_manifest

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfinfer.errors import CorruptModelError
-from tfinfer.manifest import Manifest, ProofCase
+from tfinfer.manifest import ADOPTED, Manifest, ProofCase
 from tfinfer.proof.cases import Case, open_cache, run
 from tfinfer.proof.compare import Difference, tie
 from tfinfer.proof.golden import Golden, Vectors, load
@@ -44,6 +44,7 @@ class Verdict:
     dtype: str
     cases: tuple[Difference, ...]
     greedy: Greedy | None  # None for an encoder, which generates nothing
+    reference: str = "PyTorch"  # whose tokens are expected
 
     @property
     def passed(self) -> bool:
@@ -60,7 +61,10 @@ class Verdict:
             return list(map(str, self.cases))
         ties = f" ({g.ties} ties)" if g.ties else ""
         verdict = "ok" if g.passed else "FAILED" if self.dtype == "float32" else "reported"
-        return [*map(str, self.cases), f"greedy: {g.identical} of {g.compared} tokens are PyTorch's{ties}: {verdict}"]
+        return [
+            *map(str, self.cases),
+            f"greedy: {g.identical} of {g.compared} tokens are {self.reference}'s{ties}: {verdict}",
+        ]
 
 
 def compare_case(decoder: Any, case: Case, expected: Vectors, dtype: str, all_rows: bool) -> Difference:
@@ -101,7 +105,17 @@ def prove(decoder: Any, dtype: str, golden: Golden, progress: Progress = lambda 
         differences.append(compare_case(decoder, case, vectors, dtype, all_rows))
     progress("greedy tokens")
     greedy = compare_greedy(decoder, golden.prompt, golden.tokens, golden.source)
-    return Verdict(decoder.device, dtype, tuple(differences), greedy)
+    return Verdict(decoder.device, dtype, tuple(differences), greedy, reference_of(decoder.manifest))
+
+
+def reference_of(manifest: Manifest) -> str:
+    """Whose results a folder is compared with: an adopted one's are its own graph's, in a pass without a cache."""
+    return "the whole pass" if manifest.source.kind == ADOPTED else "PyTorch"
+
+
+def compared_as(manifest: Manifest) -> str:
+    """The dtype by whose measure a folder is proved."""
+    return manifest.dtype if manifest.proof.strict or manifest.dtype != "float32" else "float16"
 
 
 def prove_encoder(encoder: Any, dtype: str, runs: Sequence[Run], progress: Progress = lambda name: None) -> Verdict:
@@ -115,13 +129,9 @@ def open_session(manifest: Manifest, folder: Path, *, device: str = "cpu", threa
         from tfinfer.session.encoder import Encoder
 
         return Encoder(manifest, folder, device=device, threads=threads)
-    if manifest.kind == "decoder":
-        from tfinfer.session.decoder import Decoder
+    from tfinfer.session.choose import open_decoder
 
-        return Decoder(manifest, folder, device=device, threads=threads)
-    from tfinfer.session.encoder_decoder import EncoderDecoder
-
-    return EncoderDecoder(manifest, folder, device=device, threads=threads)
+    return open_decoder(manifest, folder, device=device, threads=threads)
 
 
 def verify_folder(session: Any, folder: Path, progress: Progress = lambda name: None) -> Verdict:
@@ -131,5 +141,5 @@ def verify_folder(session: Any, folder: Path, progress: Progress = lambda name: 
         raise CorruptModelError(f"{folder}: has no golden file, so it cannot prove itself: export it again")
     golden = folder / manifest.proof.golden
     if manifest.kind == "encoder":
-        return prove_encoder(session, manifest.dtype, load_runs(golden), progress)
-    return prove(session, manifest.dtype, load(golden), progress)
+        return prove_encoder(session, compared_as(manifest), load_runs(golden), progress)
+    return prove(session, compared_as(manifest), load(golden), progress)

@@ -54,13 +54,21 @@ class Decoder:
         }
         # Of what the encoder makes a decoder takes what it needs.
         self.cross = tuple(spec for spec in self.manifest.cross if spec.name in found)
-        given = (roles.position_ids, roles.logits_to_keep, roles.source_mask)
+        given = (roles.position_ids, roles.logits_to_keep, roles.source_mask, roles.use_cache_branch)
         wanted = {roles.input_ids, roles.attention_mask, roles.logits, *(name for name in given if name is not None)}
         wanted |= {name for entry in cache for name in (entry.past, entry.present)}
         wanted |= {name for state in self.manifest.states for name in (state.past, state.present)}
         wanted |= {spec.name for spec in self.cross}
         if odd := sorted(found ^ wanted):
             raise IncompatibleModelError(f"the graph and the manifest disagree on {', '.join(odd[:8])}")
+        graph = self.manifest.graphs["decoder"]
+        specs = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
+        # A graph of another exporter may give logits of every row, and in half width.
+        self.all_logits = self.manifest.all_rows and roles.logits_to_keep is None
+        self.logits_dtype = np.dtype(specs[roles.logits].dtype)
+        axes = () if roles.logits_to_keep is None else specs[roles.logits_to_keep].shape
+        self.keep_shape = tuple(axis if isinstance(axis, int) else 1 for axis in axes)
+        self.keep_required = roles.logits_to_keep in {value.name for value in session.get_inputs()}
 
     def close(self) -> None:
         """Let the graph go; calls after this raise ClosedError."""
@@ -92,22 +100,28 @@ class Decoder:
         before, longest = cache.length(slot), self.manifest.max_length
         if before + len(array) > longest:
             raise LengthError(f"{before} + {len(array)} positions are more than the model's longest length, {longest}")
-        size = min(PREFILL_CHUNK, cache.most_at_once)
         if len(array) <= cache.most_at_once:
             cache.reserve(slot, len(array))
         snapshot = cache.snapshot(slot)
         pieces = []
         try:
-            for start in range(0, len(array), size):
-                piece = array[start : start + size]
+            left = len(array)
+            for piece in self._pieces(array, before, cache):
                 cache.reserve(slot, len(piece))
-                wanted = max(1, min(len(piece), keep - (len(array) - start - len(piece))))
-                pieces.append(self._append(cache, slot, piece, wanted))
+                left -= len(piece)
+                pieces.append(self._append(cache, slot, piece, max(1, min(len(piece), keep - left))))
         except Exception:
             cache.restore(slot, snapshot)
             raise
         kept: Logits = np.concatenate(pieces)[-keep:]
         return kept
+
+    def _pieces(self, ids: Ids, past: int, cache: Cache) -> list[Ids]:
+        """What of a prompt goes through at once, behind `past` positions."""
+        size = min(PREFILL_CHUNK, cache.most_at_once)
+        first = min(size, len(ids)) if past == 0 or not self.manifest.appends_one else 0
+        step = 1 if self.manifest.appends_one else size
+        return [ids[:first]] * (first > 0) + [ids[at : at + step] for at in range(first, len(ids), step)]
 
     def _append(self, cache: Cache, slot: int, ids: Ids, keep: int) -> Logits:
         row = cache.row(slot)
@@ -118,15 +132,20 @@ class Decoder:
         for name, array in zip((roles.input_ids, roles.attention_mask, roles.position_ids), held):
             if name is not None:
                 binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
-        if roles.logits_to_keep is not None:
-            value = onnxruntime().OrtValue.ortvalue_from_numpy(np.array([keep], np.int64))
-            binding.bind_ortvalue_input(roles.logits_to_keep, value)
-        logits: Logits = np.empty((1, keep, self.manifest.num_logits), np.float32)
-        binding.bind_output(roles.logits, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._bind_keep(binding, keep)
+        logits = np.empty((1, len(ids) if self.all_logits else keep, self.manifest.num_logits), self.logits_dtype)
+        binding.bind_output(roles.logits, "cpu", 0, self.logits_dtype, logits.shape, logits.ctypes.data)
         self._bind_cache(binding, cache, row, 1)
         self._run(binding)
         cache.lengths[row] += len(ids)
-        return logits.reshape(keep, -1)
+        return logits[0, -keep:].astype(np.float32, copy=False)
+
+    def _bind_keep(self, binding: Any, keep: int) -> None:
+        """Ask for the logits of the last `keep` positions, where the graph can be asked."""
+        if self.roles.logits_to_keep is not None:
+            kept = np.full(self.keep_shape, keep, np.int64)
+            value = onnxruntime().OrtValue.ortvalue_from_numpy(kept)
+            binding.bind_ortvalue_input(self.roles.logits_to_keep, value)
 
     def step(self, cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids) -> Logits:
         """Append one id to each of `slots`; returns their logits, (slots, num_logits), valid until the next step.
@@ -179,10 +198,13 @@ class BoundStep:
         self.positions = np.zeros((rows, 1), np.int64)
         self.mask = np.ones(rows * cache.capacity, np.int64)
         self.columns = np.arange(cache.capacity)
-        self.logits = np.empty((rows, 1, decoder.manifest.num_logits), np.float32)
+        self.logits = np.empty((rows, 1, decoder.manifest.num_logits), decoder.logits_dtype)
         self.binding = decoder._binding()
         self._bind_small()
-        self.binding.bind_output(self.roles.logits, "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
+        if decoder.keep_required:
+            decoder._bind_keep(self.binding, 1)
+        kind, shape = decoder.logits_dtype, self.logits.shape
+        self.binding.bind_output(self.roles.logits, "cpu", 0, kind, shape, self.logits.ctypes.data)
         decoder._bind_cache(self.binding, cache, first, rows)
 
     def _bind_small(self) -> None:
@@ -203,7 +225,7 @@ class BoundStep:
         self.binding.bind_input(self.roles.attention_mask, "cpu", 0, np.int64, (rows, total), self.mask.ctypes.data)
         self.decoder._run(self.binding)
         self.lengths += 1
-        return self.logits[:, 0]
+        return self.logits[:, 0].astype(np.float32, copy=False)
 
 
 def checked_ids(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:

@@ -1,0 +1,19 @@
+"""Which class runs the graph or graphs of a folder that generates: as its manifest says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tfinfer.manifest import Manifest
+from tfinfer.session.concat import ConcatDecoder
+from tfinfer.session.decoder import Decoder
+from tfinfer.session.encoder_decoder import EncoderDecoder
+
+
+def open_decoder(manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> Decoder:
+    """Open what generates. Raises as `tfinfer.load`."""
+    if manifest.kind == "encoder-decoder":
+        return EncoderDecoder(manifest, folder, device=device, threads=threads)
+    if manifest.cache_mode == "concatenated":
+        return ConcatDecoder(manifest, folder, device=device, threads=threads)
+    return Decoder(manifest, folder, device=device, threads=threads)
