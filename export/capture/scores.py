@@ -324,8 +324,10 @@ class Chain:
         return call(node, args, kwargs)
 
     def _baddbmm(self, value: torch.Tensor, axes: Axes, rows: torch.Tensor, length: int) -> torch.Tensor:
-        base = self.aligned(arguments(self.source)[0], axes, rows, length)
         options: Any = self.source.kwargs
+        if options.get("beta", 1) == 0:  # what is weighed by 0 is not read, and may hold anything
+            return options.get("alpha", 1) * value
+        base = self.aligned(arguments(self.source)[0], axes, rows, length)
         return options.get("beta", 1) * base + options.get("alpha", 1) * value
 
     def aligned(self, node: fx.Node, axes: Axes, rows: torch.Tensor, length: int) -> Any:

@@ -1,4 +1,4 @@
-"""Decoders as people write them, each exported, proved, and generated from: what is read in them must be read right."""
+"""What is read in a decoder and written of it: operators, entries, axes, lengths. The zoo: test_zoo_decoders.py."""
 
 import handwritten
 import numpy as np
@@ -14,32 +14,16 @@ GQA, STANDARD, PLAIN = "GroupQueryAttention", "Attention", "the module's own ope
 EXPECTED = {
     "Learned": (GQA, "causal", 3, 16, 96, True),
     "LastOnly": (GQA, "causal", 3, 16, 96, False),
-    "LastVector": (GQA, "causal", 3, 16, 96, False),
     "Tril": (GQA, "causal", 3, 16, 96, True),
-    "Additive": (GQA, "causal", 3, 16, 96, True),
     "Alibi": (GQA, "causal, a bias by distance", 3, 16, 200, True),
     "Window": (GQA, "causal, window 5", 3, 16, 96, True),
-    "WindowedBias": (GQA, "causal, window 5, a bias per key", 3, 16, 96, True),
     "Chunked": (GQA, "causal, a table", 3, 16, 96, True),
     "Rotary": (GQA, "causal", 2, 16, 200, True),
     "OneKeyHead": (GQA, "causal", 1, 16, 200, True),
     "OddHeads": (STANDARD, "causal", 2, 10, 200, True),
-    "Tiled": (GQA, "causal", 4, 16, 200, True),
     "ComplexRotary": (GQA, "causal", 2, 16, 200, True),
-    "Einsum": (GQA, "causal", 3, 16, 96, True),
-    "Folded": (GQA, "causal", 3, 16, 96, True),
     "SoftCap": (PLAIN, "as written", 3, 16, 96, True),
     "WeightsTwice": (PLAIN, "as written", 3, 16, 96, True),
-    "Sinusoidal": (GQA, "causal", 3, 16, 200, True),
-    "MultiHead": (GQA, "causal", 3, 16, 96, True),
-    "MultiHeadWeights": (GQA, "causal", 3, 16, 96, True),
-    "Encoder": (GQA, "causal", 3, 16, 96, True),
-    "EncoderByMask": (GQA, "causal", 3, 16, 96, True),
-    "OwnNorm": (GQA, "causal", 3, 16, 96, True),
-    "Cosine": (GQA, "causal", 3, 16, 96, True),
-    "NoBias": (GQA, "causal", 3, 16, 96, True),
-    "Named": (GQA, "causal", 3, 16, 96, True),
-    "Pair": (GQA, "causal", 3, 16, 96, True),
 }
 UNBOUNDED = {name for name, row in EXPECTED.items() if row[4] == 200}
 
@@ -48,7 +32,6 @@ def logits(module, ids):
     """The module's own last row of logits."""
     with torch.no_grad():
         out = module.eval()(torch.tensor([ids]))
-    out = out["logits"] if isinstance(out, dict) else out[0] if isinstance(out, tuple) else out
     return out.reshape(-1, handwritten.VOCAB)[-1]
 
 

@@ -53,13 +53,13 @@ def marked(row):
     return pytest.param(row, id=row.name, marks=[pytest.mark.xfail(strict=True, reason=row.waits)] * bool(row.waits))
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")  # torch's, of a user's module
 @pytest.mark.parametrize("row", [marked(row) for row in ROWS if not row.refused])
 def test_a_decoder_as_people_write_it_gets_its_cache_and_gives_pytorchs_tokens(row, tmp_path):
     module = built(row)
     told = export(row, tmp_path / "out")
     assert told.exit_code == 0, told.output
-    (verdict,) = json.loads(told.stdout)["verdicts"]
-    assert verdict["passed"]
+    assert json.loads(told.stdout)["manifest"]["proof"]["greedy_tokens"] == TOKENS
     with tfinfer.load(tmp_path / "out") as model:
         if not row.waits:
             assert ways(model.manifest) == row.attention
@@ -70,7 +70,7 @@ def test_a_decoder_as_people_write_it_gets_its_cache_and_gives_pytorchs_tokens(r
 def test_a_decoder_that_no_cache_can_follow_is_refused_with_the_reason_in_the_table(row, tmp_path):
     told = export(row, tmp_path / "out")
     assert told.exit_code != 0
-    assert row.refused in told.stderr
+    assert row.refused in told.output
     assert not (tmp_path / "out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Small causal decoders the way people write them, none with a cache in it: one class for each habit.
+"""Small causal decoders on one base, none with a cache in it, for the tests of the exporter; the zoo is decoders/.
 
 Each takes ids (B, T) and returns logits (B, T, vocab); `MODULES` names them all.
 """
@@ -70,13 +70,6 @@ class LastOnly(Learned):
         return self.head(self.hidden(ids)[:, [-1], :])
 
 
-class LastVector(Learned):
-    """The last position's logits as (B, vocab)."""
-
-    def forward(self, ids):
-        return self.head(self.hidden(ids)[:, -1])
-
-
 class Tril(Learned):
     """A `tril` buffer and a softmax by hand."""
 
@@ -90,17 +83,6 @@ class Tril(Learned):
         scores = (q @ k.transpose(-2, -1)) * k.shape[-1] ** -0.5
         scores = scores.masked_fill(self.tril[:T, :T] == 0, float("-inf"))
         return (F.softmax(scores, dim=-1) @ v).transpose(1, 2).reshape(x.shape)
-
-
-class Additive(Learned):
-    """An additive mask of -1e10 made by `triu`, as the old tutorials have it."""
-
-    def attend(self, x, layer):
-        q, k, v = self.split(x, layer)
-        T = x.shape[1]
-        mask = torch.full((T, T), -1e10).triu(1)
-        weights = torch.softmax(torch.matmul(q, k.transpose(2, 3)) / math.sqrt(k.shape[-1]) + mask, dim=-1)
-        return torch.matmul(weights, v).transpose(1, 2).contiguous().view(x.shape)
 
 
 class Alibi(Base):
@@ -128,18 +110,6 @@ class Window(Learned):
         distance = at[:, None] - at[None, :]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 5))
         return y.transpose(1, 2).reshape(x.shape)
-
-
-class WindowedBias(Learned):
-    """A window, and in it a bias for each key."""
-
-    def attend(self, x, layer):
-        q, k, v = self.split(x, layer)
-        at = torch.arange(x.shape[1])
-        distance = at[:, None] - at[None, :]
-        scores = q @ k.mT / 4 + torch.sin(at.float())
-        scores = scores.masked_fill((distance < 0) | (distance >= 5), float("-inf"))
-        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
 
 
 class Chunked(Learned):
@@ -220,57 +190,6 @@ class ComplexRotary(Rotary):
         return torch.view_as_real(pairs * turns[None, None]).flatten(3).type_as(x)
 
 
-class Cosine(Learned):
-    """Normalised queries and keys with a learned temperature, scores in float32, the mask of the input's type."""
-
-    def __init__(self):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.tensor(2.0))
-
-    def attend(self, x, layer):
-        q, k, v = self.split(x, layer)
-        T = x.shape[1]
-        mask = torch.triu(torch.full((1, 1, T, T), float("-inf")), diagonal=1).type_as(x)
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * self.temperature.exp() + mask
-        return (F.softmax(scores.float(), dim=-1).type_as(scores) @ v).transpose(1, 2).reshape(x.shape)
-
-
-class Tiled(Rotary):
-    """Key heads repeated as a whole (`repeat`), so that neighbouring query heads have different ones."""
-
-    def attend(self, x, layer):
-        B, T, _ = x.shape
-        q = self.rotate(self.q[layer](x).view(B, T, self.heads, self.head_dim).transpose(1, 2))
-        k = self.rotate(self.k[layer](x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2))
-        v = self.v[layer](x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        k, v = (t.repeat(1, self.heads // self.kv_heads, 1, 1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1)
-
-
-class Einsum(Learned):
-    """`einsum` throughout, heads behind the positions."""
-
-    def attend(self, x, layer):
-        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in self.qkv[layer](x).chunk(3, -1))  # (B, T, H, D)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-        T = x.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool).tril()
-        weights = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(-1)
-        return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
-
-
-class Folded(Learned):
-    """Batch and heads folded into one axis for `bmm`."""
-
-    def attend(self, x, layer):
-        B, T, _ = x.shape
-        q, k, v = (t.reshape(B * HEADS, T, -1) for t in self.split(x, layer))
-        scores = torch.bmm(q, k.transpose(1, 2)) / math.sqrt(q.shape[-1])
-        mask = torch.ones(T, T).triu(1).bool()
-        y = torch.bmm(scores.masked_fill(mask, -1e9).softmax(2), v)  # (B * H, T, D)
-        return y.view(B, HEADS, T, -1).permute(0, 2, 1, 3).reshape(B, T, -1)
-
-
 class SoftCap(Learned):
     """Scores bent by tanh before the mask, as Gemma 2 does: no operator's scale or bias."""
 
@@ -293,115 +212,10 @@ class WeightsTwice(Learned):
         return (weights @ v + (weights * weights) @ v).transpose(1, 2).reshape(x.shape)
 
 
-class Sinusoidal(Base):
-    """Sines and cosines, made anew for the length at hand, and embeddings scaled by the root of the width."""
-
-    def embed(self, ids):
-        at = torch.arange(ids.shape[1])[:, None]
-        rate = torch.exp(torch.arange(0, DIM, 2) * (-math.log(10000.0) / DIM))
-        table = torch.stack([torch.sin(at * rate), torch.cos(at * rate)], dim=-1).flatten(1)  # (T, dim)
-        return self.tokens(ids) * math.sqrt(DIM) + table
-
-
-class MultiHead(Learned):
-    """`nn.MultiheadAttention` with a mask."""
-
-    def __init__(self, batch_first=True, weights=False):
-        super().__init__()
-        self.batch_first, self.weights = batch_first, weights
-        self.attention = nn.ModuleList(nn.MultiheadAttention(DIM, HEADS, batch_first=batch_first) for _ in range(2))
-
-    def attend(self, x, layer):
-        T = x.shape[1]
-        mask = torch.triu(torch.ones(T, T, dtype=torch.bool), 1)
-        x = x if self.batch_first else x.transpose(0, 1)
-        y, _ = self.attention[layer](x, x, x, attn_mask=mask, need_weights=self.weights)
-        return y if self.batch_first else y.transpose(0, 1)
-
-
-class MultiHeadWeights(MultiHead):
-    """`nn.MultiheadAttention` that also computes its weights, sequence first."""
-
-    def __init__(self):
-        super().__init__(batch_first=False, weights=True)
-
-
-class Encoder(Learned):
-    """`nn.TransformerEncoder` under a causal mask."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def hidden(self, ids):
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
-        return self.layers(self.embed(ids), mask=mask, is_causal=True)
-
-
-class EncoderByMask(Encoder):
-    """The same, sequence first, and told of its causality by the mask alone, as PyTorch's own tutorial has it."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def hidden(self, ids):
-        T = ids.shape[1]
-        mask = (torch.triu(torch.ones(T, T)) == 1).transpose(0, 1).float()
-        mask = mask.masked_fill(mask == 0, float("-inf")).masked_fill(mask == 1, 0.0)
-        return self.layers(self.embed(ids).transpose(0, 1), mask).transpose(0, 1)
-
-
-class OwnNorm(Learned):
-    """A LayerNorm by hand, with the standard deviation of `std`, as The Annotated Transformer has it."""
-
-    class Norm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gain, self.shift = nn.Parameter(torch.rand(DIM) + 0.5), nn.Parameter(torch.rand(DIM))
-
-        def forward(self, x):
-            mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
-            return self.gain * (x - mean) / (std + 1e-6) + self.shift
-
-    def __init__(self):
-        super().__init__()
-        self.norms = nn.ModuleList(self.Norm() for _ in range(4))
-
-
-class NoBias(Learned):
-    """LayerNorm without a bias, and one without any weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(DIM, bias=False) for _ in range(4))
-
-    def hidden(self, ids):
-        return F.layer_norm(super().hidden(ids), (DIM,))
-
-
-class Named(Learned):
-    """Returns a dict."""
-
-    def forward(self, ids):
-        hidden = self.hidden(ids)
-        return {"hidden": hidden, "logits": self.head(hidden)}
-
-
-class Pair(Learned):
-    """Returns logits and a loss that is not there."""
-
-    def forward(self, ids):
-        return self.head(self.hidden(ids)), None
-
-
 MODULES = {
     c.__name__: c
     for c in (
-        Learned, LastOnly, LastVector, Tril, Additive, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, Einsum,
-        Folded, SoftCap, Sinusoidal, MultiHead, MultiHeadWeights, Encoder, Named, Pair, Tiled, ComplexRotary,
-        WindowedBias, WeightsTwice, EncoderByMask, OwnNorm, Cosine, NoBias,
+        Learned, LastOnly, Tril, Alibi, Window, Chunked, Rotary, OneKeyHead, OddHeads, SoftCap, ComplexRotary,
+        WeightsTwice,
     )
 }  # fmt: skip
