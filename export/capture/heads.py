@@ -23,7 +23,7 @@ def sides_of(f: Follower, q: Placed, k: Placed, v: Placed, grouped: bool) -> tup
         kept = tuple(a for a in atoms if not a.repeat)
         if atoms[: len(kept)] != kept or any(a.repeat for a in seen.axes[dim]):  # repeats that are no group of heads
             seen = _solid(f, seen)
-            kept = _head_atoms((seen, at, dim))
+            atoms = _head_atoms((seen, at, dim))
         sides.append(Side(seen, atoms, seen.axes[dim]))
     return sides[0], *_alike(f, sides[1], sides[2])
 

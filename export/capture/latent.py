@@ -25,14 +25,14 @@ from .place import initializer
 from .scores import IDENTITIES, VIEWS, Pattern
 from .tables import close
 from .tensor import Tensor, laid_out
-from .trace import aten, call, mapped, read_for_values
+from .trace import EMPTY, aten, call, mapped, read_for_values
 
 LINEAR = IDENTITIES | VIEWS | {
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.einsum.default,
     aten.transpose.int, aten.permute.default, aten.t.default, aten.flatten.using_ints, aten.unflatten.int,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, operator.getitem,
     aten.slice.Tensor, aten.select.int, aten.cat.default, aten.stack.default, aten.repeat_interleave.self_int,
-    aten.repeat.default, aten.squeeze.default, aten.squeeze.dims,
+    aten.copy.default, aten.slice_scatter.default, aten.repeat.default, aten.squeeze.default, aten.squeeze.dims,
 }  # fmt: skip
 # A latent is worth its while where it is this much smaller than keys and values, at this much more multiplications.
 SMALLER, DEARER = 4, 4
@@ -101,7 +101,7 @@ def _is_linear(f: Follower, node: fx.Node) -> bool:
     if node.target not in LINEAR:
         return False
     rest = [n for n in read_for_values(node) if n not in f.trace.data]
-    return all(not isinstance(n.meta.get("val"), torch.Tensor) or f.is_constant(n) for n in rest)
+    return all(not isinstance(n.meta.get("val"), torch.Tensor) or f.is_constant(n) or n.target in EMPTY for n in rest)
 
 
 class _Maps:
@@ -141,6 +141,12 @@ class _Maps:
         return made
 
     def _constant(self, node: fx.Node) -> Any:
+        if node in self.f.trace.data and isinstance(
+            node.meta["val"], torch.Tensor
+        ):  # its type and shape alone are read
+            known = {self.f.trace.batch: 1, self.f.trace.seq: self.tokens}
+            shape = [n if isinstance(n, int) else int(n.subs(known)) for n in self.f.trace.shape(node)]
+            return torch.empty(1, dtype=node.meta["val"].dtype).expand(shape)
         return self.f.positional.value(node, self.tokens)
 
 

@@ -45,6 +45,11 @@ class Region:
         return {self.product, *self.chain, *self.tail, *self.after}
 
     @property
+    def softmax(self) -> fx.Node:
+        """The softmax among the tail, or its last node where it is written by hand."""
+        return next((node for node in self.tail if node.target in SOFTMAXES), self.tail[-1])
+
+    @property
     def scores(self) -> fx.Node:
         """The node whose values the tail makes weights of."""
         return self.chain[-1] if self.chain else self.product

@@ -53,6 +53,9 @@ LIKE = {
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
 }  # fmt: skip
+# Operations whose values nobody reads before they are written.
+EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_permuted.default,
+         aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}  # fmt: skip
 # Element-wise operations that torch does not tag as such.
 UNTAGGED = {
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
@@ -194,6 +197,8 @@ def read_for_values(node: fx.Node) -> list[fx.Node]:
     """The inputs whose values matter to a node: `mask.type_as(x)` and `zeros_like(x)` read but the type of x."""
     if node.target in LIKE:
         return []
+    if node.target is aten.copy.default:
+        return [arguments(node)[1]]
     return [arguments(node)[0]] if node.target is aten.type_as.default else node.all_input_nodes
 
 

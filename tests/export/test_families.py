@@ -1,6 +1,6 @@
 """Hugging Face causal models of toy size, saved as checkpoints and exported by one path that knows none of them.
 
-tests/families/rows.py is the table of them; `make families` takes every other family too.
+tests/families/thirty.py is the table of them; `make families` takes every other family too.
 """
 
 import sys
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "families"))
 import one
 import sweep
 from click.testing import CliRunner
-from rows import FAMILIES, table
+from thirty import FAMILIES, table
 
 import tfinfer
 from tfinfer.cli.main import tfinfer as cli

@@ -146,3 +146,40 @@ def test_keys_normed_behind_the_latent_are_cached_themselves(tmp_path):
 
     report = export_and_generate(Normed(), tmp_path)
     assert len(report.manifest.cache) == 2
+
+
+class Filled(Latent):
+    """Keys are written into an empty tensor piece by piece, as transformers does."""
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, HEADS, -1).transpose(1, 2)
+        q = torch.cat([q[..., :NOPE], rotated(q[..., NOPE:])], -1)
+        latent, turned = self.down(x).split([RANK, self.rope], -1)
+        own, v = self.up(self.norm(latent)).view(b, t, HEADS, -1).transpose(1, 2).split([NOPE, self.value], -1)
+        k = x.new_empty(b, HEADS, t, NOPE + self.rope)
+        k[..., :NOPE] = own
+        k[..., NOPE:] = rotated(turned[:, None])
+        return self.head(x + self.out((self.weights(q @ k.mT / 3, t) @ v).transpose(1, 2).reshape(b, t, -1)))
+
+
+def test_keys_filled_piece_by_piece_are_latent_too(tmp_path):
+    report = export_and_generate(Filled(), tmp_path)
+    assert [(e.num_kv_heads, e.head_dim) for e in report.manifest.cache] == [(1, RANK + ROPE)]
+
+
+def test_what_is_filled_in_part_keeps_the_rest(tmp_path):
+    class Partly(Latent):
+        def forward(self, ids):
+            x = self.tokens(ids)
+            y = torch.zeros_like(x)
+            y[..., 8:24] = x[..., 8:24]
+            z = x * 2
+            z[..., :8] = y[..., 20:28]
+            z[..., 60:] = y[..., :4] + 1
+            q = self.q(y + z).view(*ids.shape, HEADS, -1).transpose(1, 2)
+            y = self.weights(q @ q.mT / 3, ids.shape[1]) @ q
+            return self.head(z + y.transpose(1, 2).flatten(2)[..., :DIM])
+
+    export_and_generate(Partly(), tmp_path)

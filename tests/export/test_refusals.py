@@ -159,14 +159,6 @@ class Branches(Small):
         return self.causal(x) if x.sum() > 0 else self.causal(-x)
 
 
-class MasksById(Small):
-    def forward(self, ids):
-        x = self.tokens(ids)[:, None]
-        T = ids.shape[1]
-        mask = (ids != 0)[:, None, None, :] & torch.ones(T, T, dtype=torch.bool).tril()
-        return self.head(F.scaled_dot_product_attention(x, x, x, attn_mask=mask)[:, 0])
-
-
 class NoAttention(Small):
     def block(self, x):
         return self.mix(x).relu()
@@ -200,7 +192,6 @@ REFUSED = [
     (NormalisesOverTime, "softmax", "mixes positions"),
     (DependsOnLength, "div", "length of the whole sequence"),
     (BiasFromTheEnd, "mul", "depends on the length of the whole sequence"),
-    (MasksById, "__and__", "a function of the length alone would work"),
     (DropsAlways, "dropout", "in evaluation too"),
     (AttentionDropsAlways, "scaled_dot_product_attention", "in evaluation too"),
     (ProductOfTables, "baddbmm", "not followed with these operands"),

@@ -22,7 +22,7 @@ EXPECTED = {
     "OneKeyHead": (GQA, "causal", 1, 16, 200, True),
     "OddHeads": (STANDARD, "causal", 2, 10, 200, True),
     "ComplexRotary": (GQA, "causal", 2, 16, 200, True),
-    "SoftCap": (PLAIN, "as written", 3, 16, 96, True),
+    "SoftCap": (GQA, "causal, soft cap 5", 3, 16, 96, True),
     "WeightsTwice": (PLAIN, "as written", 3, 16, 96, True),
 }
 UNBOUNDED = {name for name, row in EXPECTED.items() if row[4] == 200}
@@ -55,7 +55,7 @@ def test_a_module_gets_its_cache_and_computes_the_same(name, tmp_path):
     manifest = report.manifest
     assert [(a.operator, a.pattern, a.count) for a in manifest.attention] == [(operator, pattern, 2)]
     assert {(e.num_kv_heads, e.head_dim) for e in manifest.cache} == {(heads, dim)}
-    assert len(manifest.cache) == (6 if name == "WeightsTwice" else 4)
+    assert len(manifest.cache) == 4
     assert (manifest.max_length, manifest.all_rows) == (longest, all_rows)
     assert bool(report.notes) == (operator != GQA)
     assert report.verdicts[0].greedy.identical == 64
@@ -70,7 +70,7 @@ def test_a_module_gets_its_cache_and_computes_the_same(name, tmp_path):
 def test_the_standard_flavor_uses_no_operator_of_one_runtime(name, tmp_path):
     module = handwritten.MODULES[name]()
     report = export_model(module, tmp_path / "out", max_length=96, flavor="standard")
-    assert {a.operator for a in report.manifest.attention} == {PLAIN if name == "SoftCap" else STANDARD}
+    assert {a.operator for a in report.manifest.attention} == {STANDARD}
     graph = onnx.load(tmp_path / "out" / "decoder.onnx", load_external_data=False)
     assert {node.domain for node in graph.graph.node} == {""}
     assert [(o.domain, o.version) for o in graph.opset_import] == [("", 24)]

@@ -3,6 +3,7 @@
 from . import (
     complex,
     convolutions,
+    copies,
     elementwise,
     features,
     indexing,
@@ -20,20 +21,6 @@ from . import (
 )  # fmt: skip
 
 __all__ = [
-    "complex",
-    "convolutions",
-    "elementwise",
-    "features",
-    "indexing",
-    "integers",
-    "linear",
-    "picking",
-    "pointwise",
-    "recurrent",
-    "reductions",
-    "routing",
-    "running",
-    "sdpa",
-    "shifts",
-    "views",
-]
+    "complex", "convolutions", "copies", "elementwise", "features", "indexing", "integers", "linear", "picking",
+    "pointwise", "recurrent", "reductions", "routing", "running", "sdpa", "shifts", "views",
+]  # fmt: skip

@@ -157,7 +157,7 @@ def sinks_of(f: Follower, region: Region, chain: Chain) -> tuple[float, ...] | N
 
 def _pattern(f: Follower, region: Region, chain: Chain, fully: bool) -> Pattern | OpenPattern | None:
     key = (chain.signature(), str(chain.axes))
-    return (read_full if fully else read)(f, region.final, chain, key)
+    return (read_full if fully else read)(f, region.softmax, chain, key)
 
 
 def _in_chain(atom: Atom, keys: Atom) -> Atom:

@@ -235,21 +235,10 @@ def unfold(f: Follower, node: fx.Node, x: Tensor, dim: int, size: int, step: int
     return Tensor.of(value, (*followed(part.axes), _sized(size)), x.dtype)
 
 
-@rule(aten.copy.default)
-def copy(f: Follower, node: fx.Node, onto: Any, x: Tensor, *args: Any) -> Tensor:
-    """What is written over a tensor, in its place."""
-    if f.trace.shape(arguments(node)[1]) != f.trace.shape(node):
-        raise refuse(node, "is followed for a value of the same shape")
-    dtype = node.meta["val"].dtype
-    return x if x.dtype == dtype else Tensor(f.emit.cast(x.value, dtype), x.base, x.axes, dtype)
-
-
-@rule(aten.slice_scatter.default)
-def slice_scatter(
-    f: Follower, node: fx.Node, onto: Any, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+def written_into(
+    f: Follower, node: fx.Node, onto: Any, x: Tensor, dim: int, start: Any = None, step: int = 1
 ) -> Tensor:
     """Positions written into a table of one value: that value is what stands before them."""
-    dim %= x.rank
     whole, part = f.trace.shape(node)[dim], f.trace.shape(arguments(node)[1])[dim]
     if whole == part:
         return x
