@@ -142,7 +142,7 @@ def einsum(f: Follower, node: fx.Node, equation: str, operands: list[Any]) -> Te
         return _einsum_with_table(f, node, (left, right, out), a, b)
     a, b = _keys_whole(f, node, (left, right, out), a, b)
     value = f.emit.op("Einsum", laid_out(f.emit, a), laid_out(f.emit, b), equation=equation)
-    known = {**dict(zip(right, b.axes)), **{c: axis for c, axis in zip(left, a.axes) if axis}}
+    known = {**dict(zip(left, a.axes)), **dict(zip(right, b.axes)), **{c: x for c, x in zip(left, a.axes) if x}}
     return Tensor.of(value, distinct(followed(tuple(known[c] for c in out))), node.meta["val"].dtype)
 
 
