@@ -5,7 +5,8 @@ from .encoder import CapturedEncoder, capture_encoder
 from .encoder_decoder import CapturedPair, capture_encoder_decoder
 from .follow import AttentionReport, CacheEntry, StateEntry
 from .observe import Observed, capture_attention
-from .trace import Argument, Kind, Trace, trace
+from .trace import Argument, Kind, Trace
+from .tracing import trace
 
 __all__ = [
     "DEFAULT_MAX_LENGTH",

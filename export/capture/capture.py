@@ -15,7 +15,8 @@ from .follow import AttentionReport, CacheEntry, Follower, StateEntry
 from .outputs import declare_logits, find_logits, logits_node, vocabulary
 from .positional import Positional, longest_length, read_by_data
 from .states import drop_unused
-from .trace import Trace, trace
+from .trace import Trace
+from .tracing import trace
 from .walk import follow_all
 
 # The longest length of a module that names none, or a very long one: the proof runs at it, so it is not free.

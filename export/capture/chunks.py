@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .trace import inference_mode_of
+from .modes import inference_mode_of
 
 NAMES = ("chunk_size", "block_size")
 PROBES = (5, 19)  # lengths at which both sizes must agree

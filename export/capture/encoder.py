@@ -19,7 +19,8 @@ from .follow import AttentionReport, Follower
 from .outputs import name_outputs, vocabulary
 from .positional import Positional, longest_length, read_by_data
 from .tensor import Tensor, laid_out
-from .trace import Argument, Trace, trace
+from .trace import Argument, Trace
+from .tracing import trace
 from .walk import follow_all
 
 # What modules call hidden states and a vector of the whole text, and the axes in front of their features.

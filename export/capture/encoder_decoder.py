@@ -17,7 +17,8 @@ from .capture import Captured, capture_decoder
 from .encoder import follow_source
 from .follow import AttentionReport
 from .outputs import vocabulary
-from .trace import Argument, Trace, trace
+from .trace import Argument, Trace
+from .tracing import trace
 from .walk import follow_all
 
 

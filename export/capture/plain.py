@@ -26,8 +26,9 @@ from torch.export import Dim
 
 from tfinfer.errors import CaptureError, InputError
 
+from .modes import inference_mode_of
 from .recurrent import GATES, operators_for_recurrent_layers
-from .trace import explain, inference_mode_of
+from .tracing import explain
 
 # Computed as fast as 22 to 24 and by every onnxruntime since 1.18: an Attention of 23 would need 1.28.
 OPSET = 21

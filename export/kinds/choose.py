@@ -9,8 +9,10 @@ from tfinfer.errors import CaptureError, SourceError
 from tfinfer.manifest import EncoderRoles
 
 from ..capture import Trace, trace_decoder
+from ..capture.modes import inference_mode_of
 from ..capture.outputs import named_outputs, vocabulary
-from ..capture.trace import TRACED_BATCH, TRACED_SEQ, TRACED_SOURCE, Kind, arguments, aten, inference_mode_of
+from ..capture.trace import Kind, arguments, aten
+from ..capture.tracing import TRACED_BATCH, TRACED_SEQ, TRACED_SOURCE
 from ..sources import Source
 from ..sources.adapters import Adapter, Says
 from ..sources.forms import EncoderForm

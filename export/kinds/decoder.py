@@ -18,8 +18,8 @@ from tfinfer.proof.cases import Sources, grid
 from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, open_session, prove
 
 from ..capture import Captured, Observed, Trace, capture_decoder
+from ..capture.modes import inference_mode_of
 from ..capture.outputs import logits_node, vocabulary
-from ..capture.trace import inference_mode_of
 from ..verify import Leak, Reference, find_leak, observe
 from ..verify.reference import logits_of
 from .job import Asked, Progress

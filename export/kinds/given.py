@@ -18,7 +18,7 @@ from torch import nn
 
 from tfinfer.errors import CaptureError
 
-from ..capture.trace import inference_mode_of
+from ..capture.modes import inference_mode_of
 from ..verify import find_leak
 from ..verify.causality import moves_what_follows
 from ..verify.reference import logits_of

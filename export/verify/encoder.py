@@ -16,9 +16,10 @@ from torch import nn
 from tfinfer.errors import InputError, ProofError
 from tfinfer.proof.runs import Run, thinned
 
+from ..capture.modes import inference_mode_of
 from ..capture.outputs import tensors_of
 from ..capture.plain import RANGES, InputSpec
-from ..capture.trace import Argument, Kind, inference_mode_of
+from ..capture.trace import Argument, Kind
 from .reference import longest_taken
 
 Array = npt.NDArray[Any]

@@ -14,7 +14,7 @@ from torch import nn
 from tfinfer.errors import CaptureError, InputError, ProofError
 from tfinfer.proof.cases import Case, Row
 
-from ..capture.trace import inference_mode_of
+from ..capture.modes import inference_mode_of
 from .head import find_head, only_rows
 
 Ids = npt.NDArray[np.int64]

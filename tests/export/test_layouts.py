@@ -30,7 +30,8 @@ from tfinfer.export.capture.tensor import (  # noqa: E402
     sizes,
     working,
 )
-from tfinfer.export.capture.trace import aten, trace  # noqa: E402
+from tfinfer.export.capture.trace import aten  # noqa: E402
+from tfinfer.export.capture.tracing import trace  # noqa: E402
 
 B, S = sympy.symbols("b s", positive=True, integer=True)
 SYMBOLS = Symbols(B, S)

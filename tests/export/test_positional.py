@@ -12,7 +12,8 @@ from torch import nn  # noqa: E402
 from tfinfer.errors import CaptureError  # noqa: E402
 from tfinfer.export.capture import positional as positional_module  # noqa: E402
 from tfinfer.export.capture.positional import Positional, longest_length, read_by_data  # noqa: E402
-from tfinfer.export.capture.trace import aten, is_computed, trace  # noqa: E402
+from tfinfer.export.capture.trace import aten, is_computed  # noqa: E402
+from tfinfer.export.capture.tracing import trace  # noqa: E402
 
 LONGEST = 96
 

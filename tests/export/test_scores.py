@@ -15,7 +15,7 @@ from tfinfer.export.capture.regions import find_region, is_product  # noqa: E402
 from tfinfer.export.capture.rules import attention as attention_rules  # noqa: E402
 from tfinfer.export.capture.scores import NotCausal, Pattern, read_pattern  # noqa: E402
 from tfinfer.export.capture.tables import ByDistance, NotStable, PerKey, Square, TooLarge  # noqa: E402
-from tfinfer.export.capture.trace import trace  # noqa: E402
+from tfinfer.export.capture.tracing import trace  # noqa: E402
 
 INF = float("inf")
 LENGTHS = [3, 40, 200]  # within the short probe, and beyond every row being read
