@@ -147,13 +147,6 @@ class AttentionDropsAlways(Small):
         return F.scaled_dot_product_attention(x, x, x, is_causal=True, dropout_p=0.5)
 
 
-class ProductOfTables(Small):
-    """Data as the base of a product of weights: the rule knows data times data alone."""
-
-    def block(self, x):
-        return self.causal(torch.baddbmm(x, x, self.mix.weight.expand(x.shape[0], -1, -1)))
-
-
 class Branches(Small):
     def block(self, x):
         return self.causal(x) if x.sum() > 0 else self.causal(-x)
@@ -179,7 +172,7 @@ REFUSED = [
     (WrongTriangle, "softmax", "position 0 attends to position 1"),
     (OneAhead, "softmax", "position 0 attends to position 1"),
     (Averages, "mean", "mixes positions"),
-    (Flips, "flip", "no rule"),
+    (Flips, "flip", "moves positions"),
     (ShiftsLeft, "slice", "positions that come 1 later"),
     (ShiftsLeftByCat, "slice", "positions that come 1 later"),
     (AttendsToShifted, "scaled_dot_product_attention", "positions to which some were added"),
@@ -194,7 +187,6 @@ REFUSED = [
     (BiasFromTheEnd, "mul", "depends on the length of the whole sequence"),
     (DropsAlways, "dropout", "in evaluation too"),
     (AttentionDropsAlways, "scaled_dot_product_attention", "in evaluation too"),
-    (ProductOfTables, "baddbmm", "not followed with these operands"),
     (MixesRows, "mean", "rows of a batch"),
 ]
 
