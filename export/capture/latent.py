@@ -36,6 +36,7 @@ LINEAR = IDENTITIES | VIEWS | {
 }  # fmt: skip
 # A latent is worth its while where it is this much smaller than keys and values, at this much more multiplications.
 SMALLER, DEARER = 4, 4
+MULTIPLE = 8  # of which head sizes are
 
 Placed = tuple[fx.Node, tuple[int, int]]  # keys or values, the axes of their positions and features
 
@@ -158,7 +159,8 @@ def attend_latent(f: Follower, q: Side, latent: Latent, pattern: Pattern, result
         for side in (latent.up_k, latent.up_v, latent.shift_k, latent.shift_v)
     )
     unequal = up_k.shape[0] != heads or up_v.shape[0] != heads
-    dearer = 2 * up_k.shape[2] > DEARER * (up_k.shape[1] + up_v.shape[1])
+    filled = up_k.shape[2] + -up_k.shape[2] % MULTIPLE
+    dearer = 2 * filled > DEARER * (up_k.shape[1] + up_v.shape[1])
     seen = shift_k.any() if pattern.sinks or pattern.softcap else False
     if unequal or dearer or seen or (pattern.sinks and shift_v.any()) or f.size(q.dim) != up_k.shape[1]:
         return None
@@ -195,7 +197,7 @@ def _rows(f: Follower, nodes: Sequence[fx.Node]) -> Tensor:
         parts.append(laid_out(f.emit, tensor, ((batch,), (query,), features)))
         width, dtype = width + f.size(features), tensor.dtype
     joined = parts[0] if len(parts) == 1 else f.emit.op("Concat", *parts, axis=-1)
-    if missing := -width % 8:
+    if missing := -width % MULTIPLE:
         joined = f.emit.op("Pad", joined, f.emit.constant([0, 0, 0, 0, 0, missing]))
     return Tensor.of(joined, ((batch,), (query,), (Atom(size=width + missing),)), dtype)
 

@@ -78,7 +78,7 @@ def lower_region(f: Follower, region: Region) -> Tensor | None:
     pattern = None if sinks is None else _pattern(f, region, chain, fully)
     if pattern is None or pattern.scale <= 0 or sinks is None:
         return None
-    after = _after_views(f, region, chain.axes)
+    after = _after_views(f, region, chain.made)
     if after is None:
         return None
     result = _result_axes(region.final, after, v)
@@ -124,9 +124,10 @@ Factor = tuple[Tensor, tuple[int, int]]  # with the axes of its positions and fe
 
 
 class Scored(Chain):
-    """The chain of a region, with the queries and the keys that its scores are made of."""
+    """The chain of a region, with the queries and keys that its scores are made of, and the axes that these have."""
 
     factors: tuple[Factor, Factor]
+    made: Axes
 
 
 def chain_of(f: Follower, region: Region) -> Scored | None:
@@ -143,7 +144,7 @@ def chain_of(f: Follower, region: Region) -> Scored | None:
     of_chain = tuple(tuple(_in_chain(atom, keys) for atom in axis) for axis in axes)
     symbols = replace(f.symbols, seq=f.positional.symbol, key=f.symbols.size(keys))
     chain = Scored(list(region.chain), region.product, of_chain, f.positional, symbols)
-    chain.factors = (q, places[0]), (k, places[1])
+    chain.factors, chain.made = ((q, places[0]), (k, places[1])), axes
     return chain
 
 
