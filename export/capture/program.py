@@ -27,7 +27,7 @@ def functional(
 ) -> torch.export.ExportedProgram:
     """The exported program of `module(*samples)`, with no in-place operation in it.
 
-    draw: two tokens below a number, as the module takes them, by which what is answered in its stead is checked.
+    draw: a few tokens below a number, as the module takes them, by which what is answered in its stead is checked.
     Raises CaptureError where control flow on data changes what the module computes, and what torch.export raises.
     """
     try:
@@ -37,7 +37,7 @@ def functional(
             program = torch.export.export(module, samples, dynamic_shapes=dynamic)
     program = program.run_decompositions({})
     if draw is not None:
-        check_answers(module, without_assertions(program), draw)
+        _check_answers(module, without_assertions(program), draw)
     return program
 
 
@@ -51,8 +51,8 @@ def without_assertions(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return made
 
 
-def check_answers(module: nn.Module, graph: fx.GraphModule, draw: Draw) -> None:
-    """Two tokens leave experts without any: there the graph must still compute what the module does."""
+def _check_answers(module: nn.Module, graph: fx.GraphModule, draw: Draw) -> None:
+    """Few tokens leave experts without any: there the graph must still compute what the module does."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(DRAWS):
         given = draw(_vocabulary(graph), generator)
