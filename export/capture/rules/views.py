@@ -54,8 +54,8 @@ def permute(f: Follower, node: fx.Node, x: Tensor, order: list[int]) -> Tensor:
 def expand(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     shape = f.trace.shape(node)
     x = x.seen_as(((),) * (len(shape) - x.rank) + x.axes)
-    places = [i for i, size in enumerate(shape) if size == f.trace.seq]
-    if not f.is_whole and len(places) == 2 and has(x.axes[places[1]], Role.QUERY):  # one value for each key
+    places = [i for i, size in enumerate(shape) if size == f.symbols.seq]
+    if len(places) == 2 and not f.is_whole and has(x.axes[places[1]], Role.QUERY):  # one value for each key
         x = f.whole(x, "data")
     spread = []
     for i, (size, axis) in enumerate(zip(shape, x.axes)):
