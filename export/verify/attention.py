@@ -21,7 +21,9 @@ CLOSE = 1e-4  # as the proof of logits in float32: large scores are rounded befo
 
 
 def observe(captured: Trace, max_length: int, max_source_length: int | None = None) -> Observed | None:
-    """The graph, or None where the module has no softmax over positions to show."""
+    """The graph, or None where there is no softmax over positions to show, or a loop over them, which no trace runs."""
+    if captured.loops:
+        return None
     try:
         return capture_attention(captured, max_length, max_source_length)
     except CaptureError:

@@ -18,7 +18,7 @@ from ..emitter import DTYPES, Emitter
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, refined, working
 from ..trace import aten, refuse
-from .meeting import met
+from .meeting import alike, met
 
 Make = Callable[..., ir.Value]
 
@@ -88,7 +88,7 @@ def elementwise(
             for o in operands
         ]
         return Tensor(make(f.emit, *values), lead.base, lead.axes, dtype)
-    operands, spread = met(f, node, operands)
+    operands, spread = met(f, node, alike(f, operands))
     axes = broadcast(f, node, operands, spread)
     parts = refined(axes)
     order = _order(operands, parts)

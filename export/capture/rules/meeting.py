@@ -6,6 +6,7 @@ cache entry of one number for each position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import fx
 
 from ..axes import Atom, Axis, Role, has, position
 from ..follow import Follower
-from ..tensor import Tensor
+from ..tensor import Tensor, laid_out
 from ..trace import refuse
 
 
@@ -67,3 +68,35 @@ def whole_rows(f: Follower, node: fx.Node, tensor: Tensor) -> Tensor:
     if any(has(axis, Role.QUERY) and len(axis) > 1 for axis in tensor.axes):
         raise refuse(node, "compares positions along an axis that holds more than positions")
     return f.whole(tensor, "data")
+
+
+def alike(f: Follower, operands: Sequence[Any]) -> list[Any]:
+    """Operands that meet along axes of the same pieces: features beside positions in one axis may be cut in two."""
+
+    def pieces(tensor: Tensor) -> list[list[Any]]:
+        return [[(a.role, a.size) for a in axis] for axis in tensor.axes if has(axis, Role.BATCH) and len(axis) > 1]
+
+    folded = [o for o in operands if isinstance(o, Tensor) and pieces(o)]
+    if len(folded) < 2 or all(pieces(o) == pieces(folded[0]) for o in folded):
+        return list(operands)
+    return [_uncut(f, o) if isinstance(o, Tensor) and pieces(o) else o for o in operands]
+
+
+def _uncut(f: Follower, tensor: Tensor) -> Tensor:
+    """The tensor with what is cut in pieces beside positions in one piece again."""
+    axes = []
+    for axis in tensor.axes:
+        features = [a for a in axis if a.role is None]
+        whole = (Atom(size=math.prod(a.size for a in features)),) if len(features) > 1 else tuple(features)
+        axes.append((*(a for a in axis if a.role), *whole) if has(axis, Role.BATCH) else axis)
+    if any(a.role for axis in tensor.axes for a in axis[len([b for b in axis if b.role]) :]):
+        return tensor  # features before positions
+    lies = tuple(part for axis in tensor.axes for part in _parts(axis))
+    new = tuple(part for axis in axes for part in _parts(axis))
+    return Tensor(laid_out(f.emit, tensor, lies), new, tuple(axes), tensor.dtype)
+
+
+def _parts(axis: Axis) -> list[Axis]:
+    """Each position or batch of an axis by itself, its features together."""
+    features = tuple(a for a in axis if a.role is None)
+    return [*((a,) for a in axis if a.role), *([features] if features or not axis else [])]
