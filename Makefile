@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/tfinfer verify out/dates
 
 test: setup lint
-	$(PYTEST) -n 2 --dist loadfile -m "not cuda and not browser and not real and not slow"
+	$(PYTEST) -n 2 --dist loadfile -m "not cuda and not browser and not real and not slow and not interop"
 	$(MAKE) check-runtime
 
 lint: setup

@@ -30,7 +30,15 @@ def zoo() -> list[str]:
     return markdown(("module", "ways of attention in it", "result"), cells)
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"zoo": zoo}
+def families() -> list[str]:
+    """Thirty causal families of transformers: family, ways of attention in it, result."""
+    sys.path.insert(0, str(TESTS / "families"))
+    from thirty import table
+
+    return table()
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"zoo": zoo, "families": families}
 
 
 def written(name: str, text: str) -> str | None:
