@@ -52,7 +52,9 @@ NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVORS = ("ort", "standard")
 # The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
 # of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
-LEAST_RUNTIME = {"Attention": "1.28", "TensorScatter": "1.25", "": "1.24"}
+# Before 1.31 attention over entries that another layer fills is refused or kills the process, by running 1.24 to 1.31.
+READS_ONLY = "GroupQueryAttention that only reads"
+LEAST_RUNTIME = {READS_ONLY: "1.31", "Attention": "1.28", "TensorScatter": "1.25", "": "1.24"}
 
 
 def export_model(
@@ -248,7 +250,7 @@ class _Export:
         source = self.source
         floats = {value.dtype for model in graphs.values() for value in model.graph.inputs}
         width = NAMES[self.dtype] if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
-        operators = {node.op_type for model in graphs.values() for node in model.graph.all_nodes()}
+        operators = {_operator(node) for model in graphs.values() for node in model.graph.all_nodes()}
         fields = job.fields(width)
         return Manifest(
             format_version=FORMAT_VERSION,
@@ -282,6 +284,12 @@ class _Export:
             "generation_config.json" if source.generation_config is not None else None,
             source.special_tokens,
         )
+
+
+def _operator(node: ir.Node) -> str:
+    """The operator of a node, as LEAST_RUNTIME knows it."""
+    past = node.inputs[3] if node.op_type == "GroupQueryAttention" else None
+    return READS_ONLY if past is not None and past.producer() is not None else node.op_type
 
 
 def _graph(name: str, model: ir.Model) -> GraphSpec:

@@ -19,13 +19,10 @@ from tfinfer.errors import CaptureError
 
 from . import tables
 from .allowed import COMPLEX_RULES, RULES
-from .axes import Atom, Axes, Axis, Role, Symbols, axis_of, flat, position
+from .axes import Atom, Axes, Axis, Role, Symbols, flat
 from .emitter import DTYPES, Emitter
-from .filled import fill_value
-from .place import Placed, gather_by_distance, gather_rows, gather_square, slice_positions
 from .positional import Positional
 from .refusals import Lost, guess, is_lost
-from .tables import ByDistance, NotStable, PerKey, Square, TooLarge
 from .tensor import Tensor, laid_out
 from .trace import Kind, Trace, aten, is_computed, is_pointwise, mapped, refuse
 
@@ -269,96 +266,6 @@ class Follower:
         if isinstance(value, fx.Node):
             raise refuse(node, "computes with the length of the whole sequence, which a cache cannot follow")
         return value
-
-    def beside(
-        self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node
-    ) -> ir.Value:
-        """A positional operand, laid out to be broadcast with data of `axes` whose dimensions stand in `order`.
-
-        Every axis in `axes` is a single atom, a fixed size or empty, so that each dimension has one meaning.
-        """
-        shape = self.trace.shape(operand)
-        missing = len(axes) - len(shape)
-        along = [i + missing for i, size in enumerate(shape) if size in (self.trace.seq, self.trace.source)]
-        along = [i for i in along if axes[i]]
-        if len(self.trace.lengths_in(shape)) != len(along) or self.trace.is_counted(shape):
-            if (number := fill_value(self.trace, operand)) is not None:
-                return self.emit.constant(torch.tensor(number, dtype=dtype).numpy())
-            raise refuse(operand, f"its shape {shape} cuts the sequence in pieces")
-        roles = [position(axes[i]) for i in along]
-        if Role.SOURCE in roles and len(set(roles)) > 1:  # between two sequences
-            return self._flat(operand, axes, order, dtype, asker)
-        allowed = {self.role} if self.is_whole else {Role.QUERY, Role.KEY}
-        if not set(roles) <= allowed or (not self.is_whole and len(set(roles)) < len(roles)):
-            raise refuse(asker, "a table over positions meets an axis that is not one of positions")
-        if roles == [Role.KEY, Role.QUERY]:
-            along.reverse()
-        try:
-            placed = self._placed(operand, missing, along, axes, dtype)
-        except NotStable:
-            why = "its value at a position depends on the length of the whole sequence"
-            raise refuse(operand, why, "a table by absolute position would work") from None
-        except TooLarge as size:
-            why = f"a table of {size.args[0] / 2**20:.0f} MiB would be needed"
-            raise refuse(operand, why, "give a smaller --max-length") from None
-        return placed.arranged(self.emit, order, axis_of(axes, Role.BATCH))
-
-    def _flat(self, operand: fx.Node, axes: Axes, order: Sequence[int], dtype: torch.dtype, asker: fx.Node) -> ir.Value:
-        """A table between source and target positions that holds one value for all of them, as an empty bias does."""
-        values = []
-        for length, other in ((7, 5), (self.max_length, 9)):
-            with self.positional.given(other=other):
-                value = self.positional.value(operand, length)
-            for i, size in enumerate(self.trace.shape(operand)):
-                first = value.narrow(i, 0, 1)
-                if size in (self.trace.seq, self.trace.source):
-                    if not tables.close(value, first.expand_as(value)):
-                        raise refuse(asker, "a table between source and target positions is not followed")
-                    value = first
-            values.append(value)
-        table = values[0].reshape([1] * (len(axes) - values[0].dim()) + list(values[0].shape))
-        if not tables.close(*values):
-            raise refuse(asker, "a table between source and target positions changes with their lengths")
-        return Placed.constant(self.emit, table.to(dtype), "table").arranged(self.emit, order, None)
-
-    def _placed(self, operand: fx.Node, missing: int, along: list[int], axes: Axes, dtype: torch.dtype) -> Placed:
-        """along: the axes of positions, that of the queries before that of the keys."""
-        length = self.max_length
-
-        def full_rank(value: torch.Tensor) -> torch.Tensor:
-            return value.reshape([1] * missing + list(value.shape))
-
-        if not along:
-            name = str(operand.target) if operand.op == "get_attr" else "table"
-            return Placed.constant(self.emit, full_rank(self.constant(operand)).to(dtype), name)
-        if len(along) == 1:
-            table = tables.read_rows(lambda n: full_rank(self.positional.value(operand, n)), along[0], length)
-            role = position(axes[along[0]])
-            if role is Role.QUERY:
-                return gather_rows(self.emit, table.to(dtype), along[0])
-            self.by_key |= role is Role.KEY and not table.eq(table.narrow(along[0], 0, 1)).all()
-            return slice_positions(self.emit, table.to(dtype), along[0], role or Role.KEY)
-        query, key = along
-        rest = [i for i in range(len(axes)) if i not in along]
-
-        def rows(r: torch.Tensor, n: int) -> torch.Tensor:
-            value = full_rank(self.positional.rows(operand, query - missing, r, n))
-            return value.permute(*rest, query, key)
-
-        return self.place_square(tables.read_square(rows, length), rest, query, key, dtype)
-
-    def place_square(
-        self, read: PerKey | ByDistance | Square, rest: list[int], query: int, key: int, dtype: torch.dtype
-    ) -> Placed:
-        """A value over (query, key) as dimensions `rest`, `query` and `key` of a tensor."""
-        table, whole = read.table.to(dtype), self.role if self.is_whole else None
-        self.by_key = True
-        if isinstance(read, PerKey):
-            placed = slice_positions(self.emit, table, table.dim() - 1, whole or Role.KEY)
-            return Placed(placed.value, tuple((*rest, key)[i] for i in placed.dims))
-        if isinstance(read, ByDistance):
-            return gather_by_distance(self.emit, table, self.max_length, rest, query, key, whole)
-        return gather_square(self.emit, table, rest, query, key, whole)
 
     # -- the cache ----------------------------------------------------------------------------------------------
     def entry(

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 from .axes import Axes, Axis, Role, flat
+from .beside import place_square
 from .emitter import CONTRIB
 from .follow import Follower, scatter
 from .scores import Pattern
@@ -98,7 +99,7 @@ def _bias(f: Follower, pattern: Pattern, window_too: bool) -> ir.Value | None:
 def placed_bias(f: Follower, read: PerKey | ByDistance | Square, query: Role, key: Role) -> ir.Value:
     """(batch or 1, heads or 1, query, key): a table over pairs of positions; what it hides is low, but finite."""
     table = read.table.clamp(min=HIDDEN_SCORE)
-    placed = f.place_square(type(read)(table), [1], 2, 3, torch.float32)
+    placed = place_square(f, type(read)(table), [1], 2, 3, torch.float32)
     value = placed.arranged(f.emit, range(4), 0)
     if 0 not in (0 if d == -1 else d for d in placed.dims):  # arranged() leaves leading axes of size 1 out
         first = min(placed.dims)

@@ -53,6 +53,8 @@ def test_what_is_shared_is_held_once(attentions, entries, flavor, tmp_path):
     assert len(report.manifest.cache) == entries
     operator = {"ort": "GroupQueryAttention", "standard": "Attention"}[flavor]
     assert [(a.operator, a.count) for a in report.manifest.attention] == [(operator, len(attentions))]
+    # GroupQueryAttention that only reads its cache ends older runtimes: the manifest keeps them away.
+    assert report.manifest.requires["onnxruntime"] == {"ort": "1.31", "standard": "1.28"}[flavor]
 
 
 @pytest.mark.parametrize("windows, held", [((5, 9), 9), ((9, 5), 9), ((5, None), None), ((None, 5), None)], ids=str)

@@ -35,29 +35,25 @@ def slice_scatter(
     whole = shape[dim]
     if isinstance(piece, Tensor) and any(atom.role for atom in piece.axes[dim]):
         return written_into(f, node, base, piece, dim, start, step)
-    if not isinstance(piece, Tensor) or not isinstance(whole, int) or step != 1:
-        raise refuse(node, "writes into a part of the positions or rows, or with a step")
-    start, width = int(f.number(node, start) or 0) % (whole + 1), f.size(piece.axes[dim])
+    if not isinstance(piece, Tensor) or not isinstance(whole, int):
+        raise refuse(node, "writes into a part of the positions or rows")
+    first, width = int(f.number(node, start) or 0) % (whole + 1), f.size(piece.axes[dim])
     if width == whole:
         return piece
-    if isinstance(base, fx.Node) and base.target in EMPTY:
+    place_of = {first + i * step: i for i in range(width)}
+    if isinstance(base, fx.Node) and base.target in EMPTY:  # zeros, of which one behind the piece is enough
         axes = followed(piece.axes)
         value, order = working(f.emit, piece)
         pads = [0] * 2 * len(shape)
-        place = order.index(dim)
-        pads[place], pads[place + len(shape)] = start, whole - start - width
+        pads[order.index(dim) + len(shape)] = 1
         value = f.emit.op("Pad", value, f.emit.constant(pads))
+        places = [place_of.get(i, width) for i in range(whole)]
     elif isinstance(base, Tensor):
         axes = followed(base.axes)
         value, order = working(f.emit, base)
-        place = order.index(dim)
-        parts = [working(f.emit, piece, order)[0]]
-        bounds = ((0, start), (start + width, whole))
-        before, after = (
-            f.emit.op("Slice", value, *(f.emit.constant([n]) for n in (low, high, place))) if high > low else None
-            for low, high in bounds
-        )
-        value = f.emit.op("Concat", *[v for v in (before, *parts, after) if v is not None], axis=place)
+        value = f.emit.op("Concat", value, working(f.emit, piece, order)[0], axis=order.index(dim))
+        places = [whole + place_of[i] if i in place_of else i for i in range(whole)]
     else:
         raise refuse(node, "writes data into a table", "write into a tensor of zeros")
+    value = f.emit.op("Gather", value, f.emit.constant(places), axis=order.index(dim))
     return from_working(value, (*axes[:dim], fixed(whole), *axes[dim + 1 :]), order, node.meta["val"].dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ..axes import Atom, Axes, Axis, Role, distinct
+from ..beside import beside
 from ..emitter import DTYPES, Emitter
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, refined, working
@@ -120,7 +121,7 @@ def _operand(
         if not isinstance(operand.meta.get("val"), torch.Tensor):
             f.number(node, operand)
         kept = torch.bool if keeps_bool and operand.meta["val"].dtype == torch.bool else compute
-        return f.beside(operand, parts, order, kept, node)
+        return beside(f, operand, parts, order, kept, node)
     return _number(f.emit, operand, compute)
 
 

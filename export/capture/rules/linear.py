@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..axes import Atom, Axes, Role, distinct, fixed, has
+from ..beside import beside
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, laid_out, refined, size_vector
 from ..trace import aten, refuse
@@ -200,7 +201,7 @@ def _einsum_with_table(f: Follower, node: fx.Node, letters: tuple[str, str, str]
         batch = next((c for c in of_data if c not in of_table and has(known[c], Role.BATCH)), "")
         names = batch + of_table
         axes = tuple(known[c] for c in names)
-        weight = f.beside(table, axes, list(range(len(axes))), data.dtype, node)
+        weight = beside(f, table, axes, list(range(len(axes))), data.dtype, node)
         weight = f.emit.op("Expand", weight, size_vector(f.emit, refined(axes)))
     value = f.emit.op("Einsum", laid_out(f.emit, data), weight, equation=f"{of_data},{names}->{out}")
     return Tensor.of(value, followed(tuple(known[c] for c in out)), node.meta["val"].dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from ..axes import Atom, Axes, Role, has, position
+from ..beside import beside
 from ..follow import Follower, followed, rule
 from ..heads import full_sides, query_side, sides_of
 from ..latent import attend_latent, find_latent
@@ -144,7 +145,7 @@ def written_out(
         value = _with_mask(f, value, laid_out(f.emit, mask.seen_as(own), refined(own)), mask.dtype)
     elif mask is not None:
         dtype = mask.meta["val"].dtype
-        value = _with_mask(f, value, f.beside(mask, axes, list(range(len(axes))), dtype, node), dtype)
+        value = _with_mask(f, value, beside(f, mask, axes, list(range(len(axes))), dtype, node), dtype)
     value = hide_padding(f, value, axes, len(axes) - 1)
     weights = Tensor.of(f.emit.op("Softmax", value, axis=-1), axes, scores.dtype)
     if f.observed is not None:
