@@ -102,6 +102,8 @@ def _square(trace: Trace, square: fx.Node) -> tuple[set[fx.Node], fx.Node] | Non
         node = todo.pop()
         if node in inside or node not in trace.data:
             continue
+        if not isinstance(node.meta.get("val"), torch.Tensor):  # one of several results
+            return None
         if len(trace.lengths_in(trace.shape(node))) < 2:
             sources.add(_climbed(trace, node))
         elif is_computed(node) and node not in trace.inputs and node.target not in PRODUCTS:

@@ -17,6 +17,7 @@ from ..capture import Observed, Trace, capture_attention
 from ..capture.trace import Kind, aten
 
 LENGTH, SOURCE_LENGTH = 9, 7
+INSTEAD = "export with --no-attention (attention=False) to leave them out"
 CLOSE = 1e-4  # as the proof of logits in float32: large scores are rounded before the softmax
 
 
@@ -44,9 +45,9 @@ def check_observed(observed: Observed, file: Path) -> None:
     for name in names:
         one, other = expected[name], got[name]
         if one.size != other.size or not np.allclose(one.reshape(other.shape), other, atol=CLOSE, rtol=0):
-            raise ProofError(f"the weights {name} are not those of the module")
+            raise ProofError(f"the weights {name} are not those of the module, {INSTEAD}")
         if (other.sum(-1) - 1).max() > CLOSE:
-            raise ProofError(f"the rows of the weights {name} sum to more than 1")
+            raise ProofError(f"the rows of the weights {name} sum to more than 1, {INSTEAD}")
 
 
 def _keys_last(weights: torch.Tensor, key: int) -> Any:
@@ -85,7 +86,10 @@ def _run(file: Path, captured: Trace, feeds: dict[fx.Node, Any]) -> dict[str, An
     session = onnxruntime().InferenceSession(str(file), options)
     outputs = [value.name for value in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
-    return dict(zip(outputs, session.run(outputs, {n: v for n, v in named.items() if n in wanted})))
+    try:
+        return dict(zip(outputs, session.run(outputs, {n: v for n, v in named.items() if n in wanted})))
+    except Exception as error:  # onnxruntime's own classes
+        raise ProofError(f"the graph of attention's weights does not run, {INSTEAD}: {error}") from error
 
 
 class _Watched(fx.Interpreter):
