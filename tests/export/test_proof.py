@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ class FakeDecoder:
     block = 1  # capacities are multiples of this
 
     def __init__(self, all_rows=True):
-        self.manifest = type("Manifest", (), {"all_rows": all_rows})()
+        self.manifest = SimpleNamespace(all_rows=all_rows, source=SimpleNamespace(kind="module"))
         self.caches = []
 
     def rounded(self, capacity):
