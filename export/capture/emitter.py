@@ -210,9 +210,9 @@ class Emitter:
             return self.op("Add", seq, self.constant([atom.before]))
         return self._picked[atom.size] if atom.role is Role.PICKED else self.size(atom.role)
 
-    def count_picked(self, size: Any, indices: ir.Value) -> None:
-        """Remember that as many entries as `indices` has rows are what the symbol `size` stands for."""
-        self._picked.setdefault(size, self.op("Shape", indices, start=0, end=1))
+    def count_picked(self, size: Any, indices: ir.Value, axis: int = 0) -> None:
+        """Remember that as many entries as `indices` has along `axis` are what `size` stands for."""
+        self._picked.setdefault(size, self.op("Shape", indices, start=axis, end=axis + 1))
 
     def seqlens_k(self) -> ir.Value:
         """(batch,) int32: the index of each row's last valid position, as GroupQueryAttention wants it."""

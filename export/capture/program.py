@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ INSTEAD = (
 )
 DRAWS = 24
 
-Draw = Callable[[int, torch.Generator], list[torch.Tensor]]
+Draw = Callable[[int, int, torch.Generator], list[torch.Tensor]]
 
 
 def functional(
@@ -27,7 +28,8 @@ def functional(
 ) -> torch.export.ExportedProgram:
     """The exported program of `module(*samples)`, with no in-place operation in it.
 
-    draw: a few tokens below a number, as the module takes them, by which what is answered in its stead is checked.
+    draw: tokens below a number, at least so many of them, as the module takes them, by which what is answered in its
+    stead is checked.
     Raises CaptureError where control flow on data changes what the module computes, and what torch.export raises.
     """
     try:
@@ -37,8 +39,20 @@ def functional(
             program = torch.export.export(module, samples, dynamic_shapes=dynamic)
     program = program.run_decompositions({})
     if draw is not None:
-        _check_answers(module, without_assertions(program), draw)
+        _check_answers(module, without_assertions(program), partial(draw, _least_length(program)))
     return program
+
+
+def _least_length(program: torch.export.ExportedProgram) -> int:
+    """The fewest tokens that a program takes, at least 2."""
+    sizes = [size for node in program.graph.nodes if node.op == "placeholder" for size in _sizes(node)]
+    lowers = [program.range_constraints[s.node.expr].lower for s in sizes if s.node.expr in program.range_constraints]
+    return max([2, *(int(lower) for lower in lowers)])
+
+
+def _sizes(node: fx.Node) -> list[torch.SymInt]:
+    value = node.meta.get("val")
+    return [size for size in getattr(value, "shape", ()) if isinstance(size, torch.SymInt)]
 
 
 def without_assertions(program: torch.export.ExportedProgram) -> fx.GraphModule:
@@ -51,11 +65,13 @@ def without_assertions(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return made
 
 
-def _check_answers(module: nn.Module, graph: fx.GraphModule, draw: Draw) -> None:
+def _check_answers(
+    module: nn.Module, graph: fx.GraphModule, draw: Callable[[int, torch.Generator], list[torch.Tensor]]
+) -> None:
     """Few tokens leave experts without any: there the graph must still compute what the module does."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(DRAWS):
-        given = draw(_vocabulary(graph), generator)
+        given = draw(smallest_vocabulary(graph), generator)
         for expected, found in zip(*(torch.utils._pytree.tree_leaves(m(*given)) for m in (module, graph))):
             if not (isinstance(expected, torch.Tensor) and expected.is_floating_point()):
                 continue
@@ -63,7 +79,7 @@ def _check_answers(module: nn.Module, graph: fx.GraphModule, draw: Draw) -> None
                 raise CaptureError(f"control flow on data changes what the module computes; {INSTEAD}")
 
 
-def _vocabulary(graph: fx.GraphModule) -> int:
+def smallest_vocabulary(graph: fx.GraphModule) -> int:
     """The least number of rows of any table: ids below it may be looked up in all."""
     tables = []
     for node in graph.graph.nodes:

@@ -117,8 +117,12 @@ class Trace:
 
     def shape(self, node: fx.Node) -> list[Any]:
         """The sizes of a tensor node: ints, or expressions in `batch`, `seq` and `source`."""
-        sizes = node.meta["val"].shape
-        return [_simplified(dim.node.expr) if isinstance(dim, torch.SymInt) else int(dim) for dim in sizes]
+        return self.sizes(node.meta["val"])
+
+    @staticmethod
+    def sizes(value: torch.Tensor) -> list[Any]:
+        """The sizes of a traced tensor, as those of a node."""
+        return [_simplified(dim.node.expr) if isinstance(dim, torch.SymInt) else int(dim) for dim in value.shape]
 
     def lengths_in(self, shape: Sequence[Any]) -> list[Any]:
         """The sizes of a shape that are a length, or computed from one."""

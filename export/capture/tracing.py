@@ -40,7 +40,7 @@ def trace(module: nn.Module, arguments: Sequence[Argument] = (Argument("input_id
     loops: list[Any] = []
     try:
         with inference_mode_of(module):
-            program = _exported(called, samples, dynamic, partial(_two_tokens, arguments))
+            program = _exported(called, samples, dynamic, partial(_few_tokens, arguments))
     except CaptureError:
         raise
     except Exception as error:
@@ -68,16 +68,18 @@ def _exported(
         return decomposed(functional(module, samples, dynamic, draw), read_for_values)
 
 
-def _two_tokens(arguments: Sequence[Argument], below: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """One row of two tokens for each argument."""
-    given = [argument.sample(1, 2) for argument in arguments]
+def _few_tokens(
+    arguments: Sequence[Argument], count: int, below: int, generator: torch.Generator
+) -> list[torch.Tensor]:
+    """One row of `count` tokens for each argument."""
+    given = [argument.sample(1, count) for argument in arguments]
     for argument, tensor in zip(arguments, given):
         if argument.kind is Kind.IDS:
             tensor.random_(0, below, generator=generator)
     return given
 
 
-def _one_token(length: int, below: int, generator: torch.Generator) -> list[torch.Tensor]:
+def _one_token(length: int, count: int, below: int, generator: torch.Generator) -> list[torch.Tensor]:
     """One row of as many tokens as a trace of fixed length has, all of them the same."""
     return [torch.randint(0, below, (1, 1), generator=generator).expand(1, length)]
 

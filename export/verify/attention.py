@@ -14,6 +14,7 @@ from tfinfer.errors import CaptureError, ProofError
 from tfinfer.session.ort import onnxruntime
 
 from ..capture import Observed, Trace, capture_attention
+from ..capture.program import smallest_vocabulary
 from ..capture.trace import Kind, aten
 
 LENGTH, SOURCE_LENGTH = 9, 7
@@ -62,11 +63,12 @@ def _order(observed: Observed) -> Callable[[str], int]:
 
 def _feeds(captured: Trace) -> dict[fx.Node, Any]:
     rng, feeds = np.random.default_rng(0), {}
+    vocabulary = smallest_vocabulary(cast(fx.GraphModule, captured.module))
     for node, argument in captured.inputs.items():
         both = captured.seq is not None and captured.source is not None
         length = min(SOURCE_LENGTH if argument.source and both else LENGTH, captured.limits.get(captured.seq, LENGTH))
         if argument.kind is Kind.IDS:
-            feeds[node] = rng.integers(0, 2, (1, length))
+            feeds[node] = rng.integers(0, vocabulary, (1, length))
         elif argument.kind is Kind.PADDING:
             feeds[node] = np.zeros((1, length), bool)
         else:

@@ -16,6 +16,7 @@ VOCABULARY = 101
 LARGEST = 256  # of a size that no pattern knows
 # The first pattern found in a field's name says its size; these have nothing to do with each other.
 FREE: tuple[tuple[str, int], ...] = (
+    (r"^index\w*heads$", 32),  # a key's score is a sum of positive parts: with few of them many are 0, and tie
     (r"position|n_ctx|max_seq_len|context_length|max_length", 128),
     (r"type_vocab_size|n_langs", 2),
     (r"vocab_size|hash_byte_group_vocab", VOCABULARY),

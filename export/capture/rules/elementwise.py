@@ -280,7 +280,12 @@ def to_copy(f: Follower, node: fx.Node, x: Tensor, *args: Any, **kwargs: Any) ->
     dtype = node.meta["val"].dtype
     if dtype not in DTYPES:
         raise refuse(node, f"values of {dtype} are not followed")
-    return x if dtype == x.dtype else Tensor(f.emit.cast(x.value, dtype), x.base, x.axes, dtype)
+    if dtype == x.dtype:
+        return x
+    value = f.emit.cast(x.value, dtype)
+    if x.value in f.indexes and not dtype.is_floating_point:  # numbers of another type index what they did
+        f.indexes[value] = f.indexes[x.value]
+    return Tensor(value, x.base, x.axes, dtype)
 
 
 # -- two and more -----------------------------------------------------------------------------------------------

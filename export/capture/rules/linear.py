@@ -102,10 +102,10 @@ def _weighed(f: Follower, node: fx.Node, base: Any, result: Tensor, beta: Any, a
 
 def product(f: Follower, node: fx.Node, a: Tensor, b: Tensor) -> Tensor:
     """(..., n, k) times (..., k, m) of data: the side that is summed up or listed over positions is a cache entry."""
-    rows, columns, inner_a, inner_b = a.axes[-2], b.axes[-1], a.axes[-1], b.axes[-2]
+    columns, inner_a, inner_b = b.axes[-1], a.axes[-1], b.axes[-2]
     if has(inner_a, Role.QUERY) and has(inner_b, Role.QUERY):
         raise refuse(node, "sums over new positions: a running sum, whose state is not kept")
-    if has(rows, Role.QUERY) and has(columns, Role.QUERY):  # q @ k^T
+    if has(columns, Role.QUERY) and any(has(axis, Role.QUERY) for axis in a.axes[:-1]):  # q @ k^T
         b = f.whole(b, "key")
     elif has(inner_a, Role.KEY) and has(inner_b, Role.QUERY):  # weights @ v
         b = f.whole(b, "value")

@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from ..axes import Atom, Axes, Axis, Role, fixed, flat, renewed, same
+from ..axes import Atom, Axes, Axis, Role, fixed, flat, has, renewed, same
 from ..filled import fill_value, filled, spread
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, laid_out, size_of_axis, size_vector, working
@@ -252,7 +252,7 @@ def _check_beside(node: fx.Node, axes: Axes, of_index: Axes, dim: int) -> None:
     for i, (own, other) in enumerate(zip(axes, of_index)):
         if i != dim and [a.role for a in own if a.role] != [a.role for a in other if a.role]:
             raise refuse(node, f"the index and what it looks up differ along axis {i}")
-    if any(a.role for a in of_index[dim]):
+    if any(a.role for a in of_index[dim]) and not has(axes[dim], Role.KEY):
         raise refuse(node, "each position looks up something for all positions")
 
 
@@ -347,11 +347,14 @@ def scatter(
     dim %= len(shape)
     if not isinstance(index, Tensor) or not kwargs.get("include_self", True):
         raise refuse(node, "is followed for data put where data says, beside what was there")
-    if not isinstance(shape[dim], int):
+    to_keys = has(f.indexes.get(index.value, ()), Role.KEY)
+    if not isinstance(shape[dim], int) and not to_keys:
         rows = _as_rows(f, node, index, dim)
         pick = _read(f, node, shape, x.axes if isinstance(x, Tensor) else [None] * len(shape), [None] * dim + [rows])
         return _put(f, node, x, pick, source, how)
     base = _beside_index(f, node, x, dim, index)
+    if to_keys and not has(base.axes[dim], Role.KEY):
+        raise refuse(node, "the index picks among all positions, and what it is put into has none there")
     _check_beside(node, base.axes, index.axes, dim)
     value, order = working(f.emit, base)
     places = laid_out(f.emit, index, _in(order, index.axes))
@@ -367,8 +370,9 @@ def _beside_index(f: Follower, node: fx.Node, x: Any, dim: int, index: Tensor) -
     number = fill_value(f.trace, x)
     if number is None:
         raise refuse(node, "data is put into a table", "zeros, or data, may be written into")
-    shape = f.trace.shape(x)
-    axes = tuple(fixed(n) if isinstance(n, int) else index.axes[i] for i, n in enumerate(shape))
+    shape, along = f.trace.shape(x), f.indexes.get(index.value, ())
+    own = [along if i == dim and along else axis for i, axis in enumerate(index.axes)]
+    axes = tuple(fixed(n) if isinstance(n, int) else own[i] for i, n in enumerate(shape))
     return filled(f.emit, number, renewed(followed(axes)), x.meta["val"].dtype)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Min
 
-from ..axes import Atom, Axes, Role, fixed, renewed
+from ..axes import Atom, Axes, Role, fixed, has, renewed
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, laid_out, size_of_axis, working
 from ..trace import aten, refuse
@@ -25,6 +27,8 @@ def topk(
     f: Follower, node: fx.Node, x: Tensor, k: int, dim: int = -1, largest: bool = True, ordered: bool = True
 ) -> list[Tensor]:
     """Source: ONNX TopK: of equal entries that with the lower index comes first."""
+    if has(x.axes[dim], Role.KEY) and len(x.axes[dim]) == 1:
+        return _best_keys(f, node, x, dim % x.rank, largest)
     (axis,) = over(f, node, x, dim)
     return _largest(f, x, int(f.number(node, k)), axis, largest)
 
@@ -38,6 +42,26 @@ def _largest(f: Follower, x: Tensor, count: int, dim: int, largest: bool) -> lis
     )
     values = values if compute == x.dtype else f.emit.cast(values, x.dtype)
     axes = tuple(fixed(count) if i == dim else axis for i, axis in enumerate(followed(x.axes)))
+    return [from_working(values, axes, order, x.dtype), from_working(indices, axes, order, torch.int64)]
+
+
+def _best_keys(f: Follower, node: fx.Node, x: Tensor, dim: int, largest: bool) -> list[Tensor]:
+    """Those of all positions, for each new one; in a short sequence there are fewer than the module asks for."""
+    size, own = f.trace.sizes(node.meta["val"][1])[dim], f.symbols.product(x.axes[dim])
+    limits = size.args if isinstance(size, (sympy.Min, Min)) else (size,)
+    numbers = [limit for limit in limits if limit != own]
+    if any(sympy.sympify(limit).free_symbols for limit in numbers):
+        raise refuse(node, "picks a number of keys that changes with the length of the whole sequence", "give a number")
+    count = size_of_axis(f.emit, x.axes[dim])
+    for limit in numbers:
+        count = f.emit.op("Min", count, f.emit.constant([int(limit)]))
+    value, order = working(f.emit, x)
+    values, indices = f.emit.multi(
+        "TopK", value, count, outputs=2, axis=order.index(dim), largest=int(largest), sorted=1
+    )
+    f.indexes[indices] = x.axes[dim]
+    f.emit.count_picked(size, indices, order.index(dim))
+    axes = tuple((Atom(Role.PICKED, size),) if i == dim else axis for i, axis in enumerate(followed(x.axes)))
     return [from_working(values, axes, order, x.dtype), from_working(indices, axes, order, torch.int64)]
 
 
