@@ -8,9 +8,10 @@ from torch import fx
 
 from ..axes import Axis, fixed
 from ..follow import Follower, followed, rule
+from ..lower_full import LEAST
 from ..tensor import Tensor, from_working, working
 from ..trace import aten, refuse
-from .reductions import corrected_variance, over, reduce
+from .reductions import corrected_variance, over, reduce, reduced
 
 
 def _features(node: fx.Node, x: Tensor, dim: int) -> Axis:
@@ -59,17 +60,7 @@ def diagonal(f: Follower, node: fx.Node, x: Tensor, offset: int = 0, dim1: int =
 @rule(aten.logsumexp.default)
 def logsumexp(f: Follower, node: fx.Node, x: Tensor, dims: Any, keepdim: bool = False) -> Tensor:
     """Source: ONNX ReduceLogSumExp, which onnxruntime computes from the largest value on."""
-    return _summed_up(f, node, x, over(f, node, x, dims), keepdim, "ReduceLogSumExp")
-
-
-def _summed_up(f: Follower, node: fx.Node, x: Tensor, dims: list[int], keepdim: bool, op_type: str) -> Tensor:
-    if any(a.role for d in dims for a in x.axes[d]):
-        raise refuse(node, "sums up all positions")
-    value, order = working(f.emit, x)
-    value = f.emit.op(op_type, value, f.emit.constant([order.index(d) for d in dims]), keepdims=1)
-    axes = tuple(() if i in dims else axis for i, axis in enumerate(followed(x.axes)))
-    result = from_working(value, axes, order, x.dtype)
-    return result if keepdim else result.seen_as(tuple(axis for i, axis in enumerate(axes) if i not in dims))
+    return reduced(f, node, x, over(f, node, x, dims), keepdim, "ReduceLogSumExp", hidden=LEAST)
 
 
 @rule(aten.var_mean.correction, aten.var_mean.dim)

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ..axes import Atom, Axes, Axis, Role, fixed, flat, has, renewed, same
+from ..beside import beside
 from ..filled import fill_value, filled, spread
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, laid_out, size_of_axis, size_vector, working
@@ -224,7 +225,7 @@ def gathered(f: Follower, node: fx.Node, x: Tensor, dim: int, index: Any) -> Ten
     """x.gather(dim, index) of data: along a fixed axis by any index, of the positions themselves by rows."""
     dim %= x.rank
     if not isinstance(index, Tensor):
-        raise refuse(node, "is followed for data looked up by data")
+        return _by_table(f, node, x, dim, index)
     if any(a.role for a in x.axes[dim]):
         rows = _as_rows(f, node, index, dim)
         return picked_entries(f, node, x, [None] * dim + [rows])
@@ -233,6 +234,20 @@ def gathered(f: Follower, node: fx.Node, x: Tensor, dim: int, index: Any) -> Ten
     value = f.emit.op("GatherElements", value, laid_out(f.emit, index, _in(order, index.axes)), axis=order.index(dim))
     axes = renewed(followed(index.axes))
     return Tensor(value, _in(order, axes), axes, x.dtype)
+
+
+def _by_table(f: Follower, node: fx.Node, x: Tensor, dim: int, index: fx.Node) -> Tensor:
+    """What positions look up among their own fixed entries, as a bias for each distance to a key."""
+    if any(a.role for a in x.axes[dim]):
+        raise refuse(node, "picks positions by a table", ONE_BY_ONE)
+    shape = f.trace.shape(index)
+    listed = fixed(shape[dim]) if isinstance(shape[dim], int) else (Atom(f.role if f.is_whole else Role.KEY),)
+    axes = followed(tuple(listed if i == dim else axis for i, axis in enumerate(x.axes)))
+    if [f.symbols.product(axis) for axis in axes] != shape or any(len(axis) > 1 for axis in axes):
+        raise refuse(node, "a table looks up entries for some of the positions")
+    places = beside(f, index, axes, list(range(x.rank)), torch.int64, node)
+    places = f.emit.op("Expand", places, size_vector(f.emit, axes))
+    return Tensor.of(f.emit.op("GatherElements", laid_out(f.emit, x), places, axis=dim), axes, x.dtype)
 
 
 def _in(order: Sequence[int], axes: Axes) -> Axes:

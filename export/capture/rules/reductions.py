@@ -40,6 +40,7 @@ def over(f: Follower, node: fx.Node, x: Tensor, dims: Any) -> list[int]:
 # Operations along a source that hide what lies behind each row's own.
 HIDES_PADDING = {
     aten.sum.dim_IntList, aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default,
+    aten.logsumexp.default,
 }  # fmt: skip
 REDUCTIONS: dict[Any, str] = {
     aten.mean.dim: "ReduceMean",
@@ -63,14 +64,15 @@ def reduced(
     keepdim: bool,
     op_type: str,
     dtype: torch.dtype | None = None,
+    hidden: float = 0.0,
 ) -> Tensor:
-    """dtype: what is computed in, where that is not the node's own."""
+    """dtype: what is computed in, where that is not the node's own. hidden: what behind a source changes nothing."""
     value, order = working(f.emit, x)
     own = node.meta["val"].dtype if isinstance(node.meta["val"], torch.Tensor) else x.dtype
     dtype = dtype or own
     value = value if dtype == x.dtype else f.emit.cast(value, dtype)
     for dim in dims:
-        value = hide_padding(f, value, tuple(followed(x.axes)[i] for i in order), order.index(dim), 0.0)
+        value = hide_padding(f, value, tuple(followed(x.axes)[i] for i in order), order.index(dim), hidden)
     value = f.emit.op(op_type, value, f.emit.constant([order.index(d) for d in dims]), keepdims=1)
     axes = tuple(() if i in dims else axis for i, axis in enumerate(followed(x.axes)))
     result = from_working(value, axes, order, dtype)
