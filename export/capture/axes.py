@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -35,8 +35,10 @@ class Atom:
     role: Role | None = None
     size: Any = 0  # of a fixed atom; of picked entries the symbol of their number
     repeat: bool = False  # the same values `size` times
-    before: int = 0  # of STRETCH: the value has so many positions more than the new ones, all in front
-    after: int = 0  # of STRETCH: the module has so many behind the last one, which the value has not
+    # Of STRETCH: the value has so many positions more than the new ones, all in front; of KEY: so many columns more.
+    before: int = 0
+    # Of STRETCH: the module has so many behind the last one, which the value has not; of KEY: so many columns behind.
+    after: int = 0
 
     def __repr__(self) -> str:
         return self.role.value if self.role else f"{'x' if self.repeat else ''}{self.size}"
@@ -82,7 +84,7 @@ def same(left: Axis, right: Axis) -> bool:
 
 def renewed(axes: Axes) -> Axes:
     """Axes of new atoms, so that they may stand beside the old ones in one tensor."""
-    return tuple(tuple(Atom(atom.role, atom.size, atom.repeat) for atom in axis) for axis in axes)
+    return tuple(tuple(replace(atom) for atom in axis) for axis in axes)
 
 
 def substitute(axes: Axes, old: Atom, new: Sequence[Atom]) -> Axes:
@@ -94,7 +96,7 @@ def distinct(axes: Axes) -> Axes:
     seen: set[Atom] = set()
     own = []
     for axis in axes:
-        own.append(tuple(Atom(a.role, a.size, a.repeat) if a in seen else a for a in axis))
+        own.append(tuple(replace(a) if a in seen else a for a in axis))
         seen |= set(axis)
     return tuple(own)
 
@@ -117,8 +119,9 @@ class Symbols:
             return atom.size
         if atom.role is Role.STRETCH:
             return self.seq + atom.before + atom.after
-        sizes = {Role.BATCH: self.batch, Role.SOURCE: self.source, Role.KEY: self.key or self.seq}
-        return sizes.get(atom.role, self.seq)
+        if atom.role is Role.KEY:
+            return (self.key or self.seq) + atom.before + atom.after
+        return {Role.BATCH: self.batch, Role.SOURCE: self.source}.get(atom.role, self.seq)
 
     def product(self, axis: Axis) -> Any:
         return math.prod((self.size(atom) for atom in axis), start=1)

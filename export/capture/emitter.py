@@ -208,6 +208,8 @@ class Emitter:
         if atom.role is Role.STRETCH:
             seq = self.size(Role.QUERY if Role.QUERY in self.interface.sizes else Role.KEY)
             return self.op("Add", seq, self.constant([atom.before]))
+        if atom.role is Role.KEY and (columns := atom.before + atom.after):
+            return self.op("Add", self.size(Role.KEY), self.constant([columns]))
         return self._picked[atom.size] if atom.role is Role.PICKED else self.size(atom.role)
 
     def count_picked(self, size: Any, indices: ir.Value, axis: int = 0) -> None:

@@ -365,7 +365,7 @@ def followed(axes: Axes) -> Axes:
     seen: set[Atom] = set()
     made = []
     for axis in axes:
-        fresh = tuple(Atom(a.role, a.size) if a.repeat or a in seen else a for a in axis)
+        fresh = tuple(replace(a, repeat=False) if a.repeat or a in seen else a for a in axis)
         seen.update(fresh)
         made.append(fresh)
     return tuple(made)

@@ -106,6 +106,8 @@ ROWS = (
     Row("decoders/differential_attention.py", "2 x the module's own operators: as written"),
     Row("decoders/weights_twice.py", "2 x the module's own operators: as written"),
     Row("decoders/relu_attention.py", "2 x the module's own operators: as written"),
+    Row("decoders/indexed_keys.py", "4 x the module's own operators: as written"),
+    Row("decoders/gathered_distance.py", "2 x the module's own operators: as written"),
     Row("decoders/linear_attention.py", "4 running states"),
     Row("decoders/torch_encoder.py", "2 x GroupQueryAttention: causal"),
     Row("decoders/torch_encoder_mask.py", "2 x GroupQueryAttention: causal"),

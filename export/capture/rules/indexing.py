@@ -14,6 +14,7 @@ from ..filled import fill_value
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, working
 from ..trace import arguments, aten, refuse
+from .columns import cut_columns, is_keys, joined_to_keys
 from .elementwise import broadcast, elementwise, named
 from .picking import gathered, picked_entries
 from .shifts import cut, is_sequence, put_in_front
@@ -48,6 +49,8 @@ def slice_(
         if f.is_whole and after == 1 and isinstance(start, int):
             one = taken(f, x, dim, start)
             return one.seen_as((*one.axes[:dim], (), *one.axes[dim:]))
+        if is_keys(x, dim) and step == 1:
+            return cut_columns(f, node, x, dim, start or 0, before, after)
         if is_sequence(f, x, dim):
             return cut(f, node, x, dim, start or 0, before, after, step)
         raise refuse(node, "takes a part of the positions or rows", "only all or the last position can be taken")
@@ -180,15 +183,16 @@ def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
     dim %= len(shape)
     stacked = node.target is aten.stack.default
     given = [t for t in tensors if isinstance(t, Tensor)]
-    lead = given[0]
-    if not stacked and len(given) == 1 and is_sequence(f, lead, dim):
+    keys = None if stacked else joined_to_keys(f, node, tensors, dim)
+    lead = next((t for t in given if keys and is_keys(t, dim)), given[0])
+    if not stacked and not keys and len(given) == 1 and is_sequence(f, lead, dim):
         return put_in_front(f, node, tensors, lead, dim)
-    if not stacked and any(a.role for a in lead.axes[dim]):
+    if not stacked and not keys and any(a.role for a in lead.axes[dim]):
         raise refuse(node, "joins along the positions or rows", "nothing may stand before the first token")
     data = [t if isinstance(t, Tensor) else _spread(f, t, lead, None if stacked else dim) for t in tensors]
     if stacked:
         data = [t.seen_as((*t.axes[:dim], (), *t.axes[dim:])) for t in data]
-    if any(a.role for t in data for a in t.axes[dim]):
+    if not keys and any(a.role for t in data for a in t.axes[dim]):
         raise refuse(node, "joins along the positions or rows", "nothing may stand before the first token")
     rest = [t.seen_as((*t.axes[:dim], (), *t.axes[dim + 1 :])) for t in data]
     axes = broadcast_of(f, node, rest, dim)
@@ -197,7 +201,8 @@ def cat(f: Follower, node: fx.Node, tensors: list[Any], dim: int = 0) -> Tensor:
     values = [working(f.emit, t, order)[0] for t in data]
     values = [v if t.dtype == dtype else f.emit.cast(v, dtype) for v, t in zip(values, data)]
     value = f.emit.op("Concat", *values, axis=order.index(dim))
-    return from_working(value, (*axes[:dim], (Atom(size=int(shape[dim])),), *axes[dim + 1 :]), order, dtype)
+    joined = keys or (Atom(size=int(shape[dim])),)
+    return from_working(value, (*axes[:dim], joined, *axes[dim + 1 :]), order, dtype)
 
 
 def _spread(f: Follower, table: fx.Node, lead: Tensor, dim: int | None) -> Tensor:
@@ -210,5 +215,5 @@ def _spread(f: Follower, table: fx.Node, lead: Tensor, dim: int | None) -> Tenso
 
 def broadcast_of(f: Follower, node: fx.Node, tensors: list[Tensor], dim: int) -> Axes:
     """The axes of joined tensors beside the one they are joined along."""
-    axes = broadcast(f, node, tensors)
+    axes = broadcast(f, node, tensors, {dim: (Atom(size=1),)})
     return followed((*axes[:dim], (), *axes[dim + 1 :]))

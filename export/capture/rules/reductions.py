@@ -185,7 +185,8 @@ def softmax(f: Follower, node: fx.Node, x: Tensor, dim: int, *args: Any) -> Tens
     name = "Softmax" if node.target in (aten.softmax.int, aten._softmax.default) else "LogSoftmax"
     weights = from_working(f.emit.op(name, value, axis=order.index(axis)), followed(x.axes), order, dtype)
     queries = [i for i, own in enumerate(x.axes) if i != axis and position(own)]
-    if f.observed is not None and name == "Softmax" and position(x.axes[axis]) and len(queries) == 1:
+    whole = sum(a.before + a.after for a in x.axes[axis]) == 0  # else the columns are cut off afterwards
+    if f.observed is not None and name == "Softmax" and position(x.axes[axis]) and len(queries) == 1 and whole:
         f.observed.append((node, weights, queries[0], axis))
     return weights
 
