@@ -30,6 +30,9 @@ OPERATIONS = {
     "between": lambda x, w: x.clamp(-1, 1),
     "joined with a table": lambda x, w: torch.cat([x, places(x), w.expand(*x.shape[:2], 16)], -1)[..., 8:24] + x,
     "stacked on a table": lambda x, w: torch.stack([places(x), x], 2).sum(2) * x,
+    "more axes than the other, which lie between its own": lambda x, w: (
+        torch.stack([x, 2 * x, x * w], -2).permute(2, 0, 1, 3) + x.sin()
+    ).sum(0),
     "lerp": lambda x, w: torch.lerp(x, x * 2, w),
     "softmin": lambda x, w: F.softmin(x, -1),
     "log softmax": lambda x, w: F.log_softmax(x, -1),

@@ -116,7 +116,11 @@ def _operand(
         tensor = operand.seen_as(refined(operand.axes))
         missing = len(parts) - tensor.rank
         own = [i - missing for i in order if i >= missing]
-        return _cast(f.emit, working(f.emit, tensor, own)[0], operand.dtype, compute, keeps_bool)
+        value = working(f.emit, tensor, own)[0]
+        gone = [at for at, i in enumerate(order) if i < missing]  # axes of the others alone: here of size 1
+        if gone != list(range(missing)):
+            value = f.emit.op("Unsqueeze", value, f.emit.constant(gone))
+        return _cast(f.emit, value, operand.dtype, compute, keeps_bool)
     if isinstance(operand, fx.Node):
         if not isinstance(operand.meta.get("val"), torch.Tensor):
             f.number(node, operand)

@@ -166,7 +166,10 @@ def split(f: Follower, node: fx.Node, x: Tensor, *args: Any) -> list[Tensor]:
         pieces = _pieces(f, node, x, [1] * len(parts), dim)
         gone = dim % x.rank
         return [p.seen_as((*p.axes[:gone], *p.axes[gone + 1 :])) for p in pieces]
-    return _pieces(f, node, x, [int(p.shape[dim]) for p in parts], dim)
+    sizes = [f.trace.sizes(p)[dim] for p in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        raise refuse(node, "cuts into pieces whose sizes data counted", "take each expert's tokens by torch.where")
+    return _pieces(f, node, x, sizes, dim)
 
 
 @rule(aten.glu.default)
