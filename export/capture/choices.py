@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ COMPARED = {
     "ne": operator.ne,
     "gt": operator.gt,
     "ge": operator.ge,
+    "greater": operator.gt,
+    "less": operator.lt,
     "lt": operator.lt,
     "le": operator.le,
 }
@@ -43,13 +45,15 @@ class Known:
     """What is known of a tensor's values without having them.
 
     below: all are indices of as many experts. lists: its rows are to be read as each of `below` once. some: they say
-    whether, or how many, tokens go somewhere, and are to be read as if many did.
+    whether, or how many, tokens go somewhere, and are to be read as if many did. classes: of its entries for each
+    expert, or more, only so many can be other than 0.
     """
 
     below: int | None = None
     lists: bool = False
     some: bool = False
     truth: bool = True  # of a `some`: what it says of itself
+    classes: int | None = None
 
 
 class AllExperts(TorchFunctionMode):
@@ -89,7 +93,8 @@ class AllExperts(TorchFunctionMode):
         for indices in result if isinstance(result, (tuple, list)) else [result]:
             torch._check(indices.shape[0] >= 1)
             if x.dim() == 1 and isinstance(x.shape[0], int):
-                self._known[id(indices)] = (indices, Known(below=x.shape[0], lists=True))
+                count = min(x.shape[0], self._of(x).classes or x.shape[0])
+                self._known[id(indices)] = (indices, Known(below=count, lists=True))
         return result
 
     @staticmethod
@@ -105,16 +110,18 @@ class AllExperts(TorchFunctionMode):
             dim = kwargs.get("dim", args[at] if len(args) > at else -1)
             size = x.shape[dim] if isinstance(dim, int) else None
             return [(parts[-1], Known(below=size))] if isinstance(size, int) else []
+        if name == "one_hot" and known.below:
+            return [(parts[0], Known(classes=known.below))]
         if name == "unique" and known.below and len(parts) == 1:
             return [(parts[0], Known(below=known.below, lists=True))]
         if len(parts) == 1 and (name in COUNTS or (name in SUMS and x.dtype in (torch.bool, torch.int64))):
-            return [(parts[0], Known(some=True))]
+            return [(parts[0], Known(some=True, classes=known.classes))]
         compare = COMPARED.get(name.strip("_"))
         if compare and known.some and len(args) == 2 and isinstance(args[1], (bool, int)):
             value = known.truth if isinstance(args[1], bool) or x.dtype == torch.bool else MANY
-            return [(parts[0], Known(some=True, truth=bool(compare(value, args[1]))))]
+            return [(parts[0], replace(known, truth=bool(compare(value, args[1]))))]
         if name in ("logical_not", "bitwise_not", "__invert__") and known.some:
-            return [(parts[0], Known(some=True, truth=not known.truth))]
+            return [(parts[0], replace(known, truth=not known.truth))]
         return []
 
 
