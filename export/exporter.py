@@ -204,7 +204,10 @@ class _Export:
         """Prove the float32 graphs strictly; then, for a half width, write them and measure what the width costs."""
         expected = job.expect(self._progress)
         job.save(folder / golden.FILE_NAME, expected)
-        verdicts, not_run = [job.verdict(draft, folder, expected, "cpu", self._progress)], ""
+        try:
+            verdicts, not_run = [job.verdict(draft, folder, expected, "cpu", self._progress)], ""
+        except InputError as error:
+            raise ProofError(f"the exported graph does not run; nothing was written: {error}") from error
         _insist(verdicts[0])
         if self.dtype != "fp32":
             for model in graphs.values():

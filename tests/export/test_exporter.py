@@ -138,6 +138,16 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, monkeypat
     export_model(handwritten.Learned(), tmp_path / "out")
 
 
+def test_a_graph_that_onnxruntime_cannot_run_is_a_failed_proof(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise InputError("the graph cannot compute the tokens given: Got invalid dimensions for output")
+
+    monkeypatch.setattr("tfinfer.proof.prove.compare_case", fails)
+    with pytest.raises(ProofError, match=r"does not run; nothing was written: .* Got invalid dimensions"):
+        export_model(handwritten.Learned(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_proof_leaves_an_old_folder_whole(tmp_path, monkeypatch):
     export_model(handwritten.Learned(), tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}

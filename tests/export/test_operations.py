@@ -33,6 +33,9 @@ OPERATIONS = {
     "more axes than the other, which lie between its own": lambda x, w: (
         torch.stack([x, 2 * x, x * w], -2).permute(2, 0, 1, 3) + x.sin()
     ).sum(0),
+    "a table beside rows and positions in one axis": lambda x, w: (
+        (x.reshape(-1, 4, 4).permute(1, 0, 2) * w.view(4, 1, 4)).permute(1, 0, 2).reshape(x.shape)
+    ),
     "lerp": lambda x, w: torch.lerp(x, x * 2, w),
     "softmin": lambda x, w: F.softmin(x, -1),
     "log softmax": lambda x, w: F.log_softmax(x, -1),

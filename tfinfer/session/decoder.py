@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError, ProviderError
 from tfinfer.manifest import Manifest
 from tfinfer.session.cache import Cache
+from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
 from tfinfer.session.providers import listed_providers, open_session
@@ -181,9 +182,7 @@ class Decoder:
         session = self._session
         if session is None:
             raise ClosedError("the model was closed: load it again")
-        session.run_with_iobinding(binding)
-        if self.device != "cpu":
-            binding.synchronize_outputs()
+        run_bound(session, binding, "the tokens given", self.device)
 
 
 class BoundStep:

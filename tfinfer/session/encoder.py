@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, ProviderError, TfinferError
+from tfinfer.errors import ClosedError, IncompatibleModelError, InputError
 from tfinfer.manifest import EncoderRoles, Manifest
 from tfinfer.session.decoder import check_runtime, without_cuda
+from tfinfer.session.failures import translated
 from tfinfer.session.feeds import complete
 from tfinfer.session.providers import open_session
 from tfinfer.session.threads import thread_count
@@ -29,7 +29,6 @@ _ORT_TYPES = {
     "int32": "int32",
     "bool": "bool",
 }
-_NO_MEMORY = ("Failed to allocate memory", "bad_alloc", "out of memory")
 
 
 class Encoder:
@@ -114,19 +113,7 @@ class Encoder:
         try:
             return dict(zip(names, session.run(names, feeds)))
         except Exception as cause:  # onnxruntime's classes have no common root
-            if (error := _translate(cause, feeds, self.device)) is None:
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
+            if (error := translated(cause, shapes, self.device)) is None:
                 raise
             raise error from cause
-
-
-def _translate(cause: Exception, feeds: Mapping[str, Array], device: str) -> TfinferError | None:
-    """The error of the tree for what onnxruntime raised while computing; None for what is none of its business."""
-    said = textwrap.shorten(str(cause).strip() or type(cause).__name__, 240, placeholder=" ...")
-    shapes = ", ".join(f"{name} {array.shape}" for name, array in feeds.items())
-    if isinstance(cause, MemoryError) or any(mark in said for mark in _NO_MEMORY):
-        return ProviderError(f"{device} has no memory for {shapes}: use a smaller batch or shorter texts; {said}")
-    if device == "cuda" and "CUDA" in said:
-        return ProviderError(f"cuda failed while computing {shapes}: {said}")
-    if type(cause).__module__.startswith("onnxruntime") or isinstance(cause, RuntimeError):
-        return InputError(f"the graph cannot compute {shapes}: {said}")
-    return None

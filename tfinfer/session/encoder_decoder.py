@@ -17,6 +17,7 @@ from tfinfer.session.cache import Cache
 from tfinfer.session.cross import Sources, sized
 from tfinfer.session.decoder import Decoder, Ids, Logits, checked_ids
 from tfinfer.session.encoder import Encoder
+from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, Buffer
 
 
@@ -96,9 +97,7 @@ class EncoderDecoder(Decoder):
         for spec, buffer in zip(self.cross, made):
             kind = ELEMENT_TYPES[spec.dtype]
             binding.bind_output(spec.name, self.device, 0, kind, buffer.shape, buffer.pointer)
-        session.run_with_iobinding(binding)
-        if self.device != "cpu":
-            binding.synchronize_outputs()
+        run_bound(session, binding, f"a source of {len(ids)} tokens", self.device)
         return made
 
     def prefill(self, cache: Cache, slot: int, ids: Sequence[int] | Ids, *, keep: int = 1) -> Logits:

@@ -19,7 +19,7 @@ from ..emitter import DTYPES, Emitter
 from ..follow import Follower, followed, rule
 from ..tensor import Tensor, from_working, refined, working
 from ..trace import aten, refuse
-from .meeting import alike, met
+from .meeting import alike, apart, met
 
 Make = Callable[..., ir.Value]
 
@@ -92,6 +92,7 @@ def elementwise(
     operands, spread = met(f, node, alike(f, operands))
     axes = broadcast(f, node, operands, spread)
     parts = refined(axes)
+    operands = [apart(f, o, axes) for o in operands]
     order = _order(operands, parts)
     values = [_operand(f, node, o, parts, order, compute, keeps_bool) for o in operands]
     result = from_working(make(f.emit, *values), parts, order, dtype)

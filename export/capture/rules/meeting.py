@@ -6,16 +6,17 @@ cache entry of one number for each position.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..axes import Atom, Axis, Role, has, position
+from ..axes import Atom, Axes, Axis, Role, has, position
 from ..follow import Follower
-from ..tensor import Tensor, laid_out
+from ..tensor import Tensor, laid_out, refined
 from ..trace import refuse
 
 
@@ -68,6 +69,26 @@ def whole_rows(f: Follower, node: fx.Node, tensor: Tensor) -> Tensor:
     if any(has(axis, Role.QUERY) and len(axis) > 1 for axis in tensor.axes):
         raise refuse(node, "compares positions along an axis that holds more than positions")
     return f.whole(tensor, "data")
+
+
+def apart(f: Follower, operand: Any, axes: Axes) -> Any:
+    """A table with as many axes as `axes` taken apart have, where it has size 1 along one that is."""
+    if not isinstance(operand, fx.Node) or not isinstance(operand.meta.get("val"), torch.Tensor):
+        return operand
+    shape = f.trace.shape(operand)
+    pieces = [len(refined((axis,))) for axis in axes[len(axes) - len(shape) :]]
+    for i in range(len(shape) - 1, 0, -1):  # more in front of the first change nothing
+        for _ in range(pieces[i] - 1 if shape[i] == 1 else 0):
+            operand = f.derived(operand, _unsqueezed(i))
+    return operand
+
+
+@functools.cache
+def _unsqueezed(dim: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def unsqueezed(table: torch.Tensor) -> torch.Tensor:
+        return table.unsqueeze(dim)
+
+    return unsqueezed
 
 
 def alike(f: Follower, operands: Sequence[Any]) -> list[Any]:
