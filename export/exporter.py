@@ -40,6 +40,7 @@ from .folder import check_target, new_folder
 from .kinds import Asked, Job, open_job
 from .kinds.choose import KINDS
 from .kinds.job import Progress
+from .memory import give_back
 from .passes import half, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
@@ -172,6 +173,7 @@ class _Export:
             for model in graphs.values():
                 pipeline.run(model)
             self.stage("write")
+            give_back()  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
             graphs |= self._observed(observed)
             graph_files.save(graphs, folder)
@@ -204,6 +206,7 @@ class _Export:
         """Prove the float32 graphs strictly; then, for a half width, write them and measure what the width costs."""
         expected = job.expect(self._progress)
         job.save(folder / golden.FILE_NAME, expected)
+        give_back()  # what PyTorch's passes took, before onnxruntime takes its own
         try:
             verdicts, not_run = [job.verdict(draft, folder, expected, "cpu", self._progress)], ""
         except InputError as error:
