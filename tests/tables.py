@@ -7,6 +7,7 @@ the README, `<!-- zoo -->` and `<!-- /zoo -->`, between which `--write` puts it.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,7 +39,19 @@ def families() -> list[str]:
     return table()
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"zoo": zoo, "families": families}
+def refused() -> list[str]:
+    """What the last sweep over all families found (`make families`): the share, and those that did not pass."""
+    swept = json.loads((TESTS / "families" / "swept.json").read_text("utf-8"))
+    share = (
+        f"On {swept['date']}, with transformers {swept['transformers']}: {swept['families']} families, of which PyTorch "
+        f"runs {swept['ran']} at toy size; {swept['passed']} of these pass ({swept['passed'] / swept['ran']:.1%}). The "
+        "others:"
+    )
+    rows = [(r["family"], r["result"], r["why"]) for r in swept["failed"]]
+    return [share, "", *markdown(("family", "result", "reason"), rows)]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"zoo": zoo, "families": families, "refused": refused}
 
 
 def written(name: str, text: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import datetime
 import json
 import os
 import re
@@ -22,6 +23,7 @@ LEAST = 0.90  # of the families that PyTorch runs
 MARK = "RESULT "
 PASSED, NOT_BUILT = "pass", "not built"
 Result = dict[str, Any]
+RECORD = Path(__file__).with_name("swept.json")
 
 
 def families() -> list[str]:
@@ -99,15 +101,30 @@ def sweep(names: list[str], processes: int, limit: float, report: Path | None = 
     return results
 
 
+def record(results: list[Result]) -> str:
+    """What the README tells of a sweep of all families, as JSON: the counts, and why families did not pass."""
+    from transformers import __version__ as version
+
+    passed, ran = share(results)
+    failed = [r for r in results if r["result"] != PASSED]
+    told = [{"family": r["family"], "result": r["result"], "why": reason(r)} for r in failed]
+    counts = {"date": f"{datetime.date.today()}", "transformers": version}
+    counts |= {"families": len(results), "ran": ran, "passed": passed}
+    return json.dumps({**counts, "failed": told}, indent=1) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="only these (default: all)")
     parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--record", action="store_true", help=f"write what the README tells of them to {RECORD.name}")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=180, help="the most that one family may take")
     asked = parser.parse_args()
     started = time.perf_counter()
     results = sweep(asked.families or families(), asked.processes, asked.seconds, asked.json)
+    if asked.record:
+        RECORD.write_text(record(results), "utf-8")
     print("\n".join(table(results)))
     print("\nNot passed:\n" + "\n".join(grouped(results)))
     print(f"\n{summary(results)}, in {time.perf_counter() - started:.0f} s")
