@@ -12,6 +12,7 @@ from torch import fx, nn
 from tfinfer.errors import CaptureError
 
 from .choices import ASKED_OF_VALUES, AllExperts
+from .writes import without_writes
 
 aten = torch.ops.aten
 INSTEAD = (
@@ -33,7 +34,7 @@ def functional(
     Raises CaptureError where control flow on data changes what the module computes, and what torch.export raises.
     """
     try:
-        return torch.export.export(module, samples, dynamic_shapes=dynamic).run_decompositions({})
+        return without_writes(torch.export.export(module, samples, dynamic_shapes=dynamic))
     except ASKED_OF_VALUES:
         with AllExperts():
             program = torch.export.export(module, samples, dynamic_shapes=dynamic)
