@@ -41,7 +41,7 @@ from .kinds import Asked, Job, open_job
 from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
-from .passes import half, pipeline
+from .passes import half, joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .sources import Source
@@ -175,7 +175,7 @@ class _Export:
             self.stage("write")
             give_back()  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
-            graphs |= self._observed(observed)
+            graphs |= self._observed(observed, graphs)
             graph_files.save(graphs, folder)
             if observed is not None:
                 check_observed(observed, folder / "attention.onnx")
@@ -191,12 +191,13 @@ class _Export:
         lengths = [n for n in (self.source.max_length, job.module_length) if n is not None]
         return ExportReport(self.target, manifest, verdicts, self.seconds, min(lengths, default=None))
 
-    def _observed(self, observed: Observed | None) -> dict[str, ir.Model]:
+    def _observed(self, observed: Observed | None, others: dict[str, ir.Model]) -> dict[str, ir.Model]:
         """The graph of attention's weights; narrow weights are not shared with it, so it is left out there."""
         if observed is None:
             return {}
         self.maps = tuple(MapSpec(name, tuple(outputs)) for name, outputs in observed.maps.items())
         pipeline.run(observed.model)
+        joined.take_parts(observed.model, others.values())
         return {"attention": observed.model}
 
     # -- proof --------------------------------------------------------------------------------------------------

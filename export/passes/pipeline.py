@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from . import dead_nodes, mask_branch, projection_bias, rotary, row_stride
+from . import dead_nodes, mask_branch, packed_qkv, projection_bias, rotary, row_stride
 
 Pass = Callable[[ir.Model], int]
 
 PASSES: dict[str, Pass] = {
     "rotary": rotary.run,
+    "packed_qkv": packed_qkv.run,
     "projection_bias": projection_bias.run,
     "mask_branch": mask_branch.run,
     "row_stride": row_stride.run,

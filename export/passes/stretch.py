@@ -43,6 +43,11 @@ class Stretch:
         tables = [n.inputs[0] for n in picks if n.inputs[1].name == POSITIONS and _axis(n) == 0]  # type: ignore[union-attr]
         return [table for table in tables if table is not None and table.const_value is not None]
 
+    @property
+    def is_positional(self) -> bool:
+        """Whether positions or sizes have a say in it."""
+        return bool(self.fixed) or any(v is not None and v.name == POSITIONS for n in self.nodes for v in n.inputs)
+
     def run(self, source: Array, positions: Array) -> Array | None:
         """`result` for a source and its positions (batch, seq); None where the source cannot have this shape."""
         if not self._sessions:
