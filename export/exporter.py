@@ -41,6 +41,7 @@ from .kinds import Asked, Job, open_job
 from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
+from .operators import layers_of
 from .passes import half, joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
@@ -302,7 +303,8 @@ def _operator(node: ir.Node) -> str:
 def _graph(name: str, model: ir.Model) -> GraphSpec:
     graph = model.graph
     opset = dict(graph.opset_imports)
-    return GraphSpec(f"{name}.onnx", opset, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs)))
+    inputs, outputs = tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs))
+    return GraphSpec(f"{name}.onnx", opset, inputs, outputs, layers_of(graph))
 
 
 def _spec(value: ir.Value) -> TensorSpec:
