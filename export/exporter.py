@@ -41,7 +41,8 @@ from .kinds import Asked, Job, open_job
 from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
-from .passes import half, pipeline
+from .operators import layers_of
+from .passes import half, joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .sources import Source
@@ -175,7 +176,7 @@ class _Export:
             self.stage("write")
             give_back()  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
-            graphs |= self._observed(observed)
+            graphs |= self._observed(observed, graphs)
             graph_files.save(graphs, folder)
             if observed is not None:
                 check_observed(observed, folder / "attention.onnx")
@@ -191,12 +192,13 @@ class _Export:
         lengths = [n for n in (self.source.max_length, job.module_length) if n is not None]
         return ExportReport(self.target, manifest, verdicts, self.seconds, min(lengths, default=None))
 
-    def _observed(self, observed: Observed | None) -> dict[str, ir.Model]:
+    def _observed(self, observed: Observed | None, others: dict[str, ir.Model]) -> dict[str, ir.Model]:
         """The graph of attention's weights; narrow weights are not shared with it, so it is left out there."""
         if observed is None:
             return {}
         self.maps = tuple(MapSpec(name, tuple(outputs)) for name, outputs in observed.maps.items())
         pipeline.run(observed.model)
+        joined.take_parts(observed.model, others.values())
         return {"attention": observed.model}
 
     # -- proof --------------------------------------------------------------------------------------------------
@@ -301,7 +303,8 @@ def _operator(node: ir.Node) -> str:
 def _graph(name: str, model: ir.Model) -> GraphSpec:
     graph = model.graph
     opset = dict(graph.opset_imports)
-    return GraphSpec(f"{name}.onnx", opset, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs)))
+    inputs, outputs = tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs))
+    return GraphSpec(f"{name}.onnx", opset, inputs, outputs, layers_of(graph))
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -38,13 +38,22 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class LayerSpec:
+    """The operators from behind one attention up to the next, and how many such layers lie in a row."""
+
+    count: int
+    operators: dict[str, int]
+
+
+@dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX file and what goes in and out of it."""
+    """One ONNX file, what goes in and out of it, and the operators in it, where its exporter told."""
 
     file: str
     opset: dict[str, int]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    layers: tuple[LayerSpec, ...] = ()
 
 
 @dataclass(frozen=True)

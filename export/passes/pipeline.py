@@ -6,14 +6,17 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from . import dead_nodes, mask_branch, projection_bias, row_stride
+from . import dead_nodes, mask_branch, packed_qkv, projection_bias, rotary, row_stride, tied_head
 
 Pass = Callable[[ir.Model], int]
 
 PASSES: dict[str, Pass] = {
+    "rotary": rotary.run,
+    "packed_qkv": packed_qkv.run,
     "projection_bias": projection_bias.run,
     "mask_branch": mask_branch.run,
     "row_stride": row_stride.run,
+    "tied_head": tied_head.run,
     "dead_nodes": dead_nodes.run,
 }
 

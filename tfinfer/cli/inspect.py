@@ -23,8 +23,9 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "boo
 @click.command("inspect")
 @options.folder
 @click.option("--check", is_flag=True, help="Also compare every file with its SHA-256.")
+@click.option("--nodes", is_flag=True, help="Also list the operators of each graph, layer by layer.")
 @options.common
-def command(folder: Path, check: bool, as_json: bool) -> None:
+def command(folder: Path, check: bool, nodes: bool, as_json: bool) -> None:
     """Show what is in a folder.
 
     Kind, graphs, cache, pooling, sizes, where it came from and what its proof measured, all from its manifest.
@@ -39,7 +40,7 @@ def command(folder: Path, check: bool, as_json: bool) -> None:
         sizes = {"cache": memory_sizes(manifest), "file_bytes": _file_bytes(manifest), "checked": check}
         say_json({"folder": str(folder), **sizes, "manifest": dataclasses.asdict(manifest)})
         return
-    table([("folder", str(folder)), *_rows(manifest)])
+    table([("folder", str(folder)), *_rows(manifest), *(_node_rows(manifest) if nodes else ())])
     if check:
         table([("checked", f"{many(len(manifest.files), 'file')} as they were exported")])
 
@@ -82,6 +83,16 @@ def _rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "files", f"{size(_file_bytes(manifest))} in all"
     yield from _origin_rows(manifest)
     yield from _proof_rows(manifest)
+
+
+def _node_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """The operators from one attention to the next; graphs of other exporters are not opened to count them."""
+    for name, graph in manifest.graphs.items():
+        total = sum(layer.count * sum(layer.operators.values()) for layer in graph.layers)
+        yield "nodes", f"{name}: {many(total, 'node')}" if graph.layers else f"{name}: its exporter did not tell"
+        for layer in graph.layers:
+            listed = ", ".join(f"{count} {operator}" for operator, count in layer.operators.items())
+            yield "nodes", f"  {layer.count} x {sum(layer.operators.values())}: {listed}"
 
 
 def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
