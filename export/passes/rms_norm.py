@@ -83,19 +83,25 @@ def _mean_square(under: ir.Value, x: ir.Value, known: Known, inner: list[ir.Node
     if (total := made_by(under, "Add")) is None:
         return None
     for mean, constant in either_way(total):
-        epsilon, square = number(constant), _averaged(mean, known)
-        node = made_by(square, "Mul", "Pow")
-        if (
-            epsilon is None
-            or node is None
-            or node.inputs[0] is not x
-            or (reduce := made_by(mean, "ReduceMean")) is None
-        ):
-            continue
-        if node.inputs[1] is x if node.op_type == "Mul" else number(node.inputs[1]) == 2:
-            inner += [total, reduce, node]
+        epsilon, reduce = number(constant), made_by(mean, "ReduceMean")
+        squares = _squares(_averaged(mean, known), x)
+        if epsilon is not None and reduce is not None and squares:
+            inner += [total, reduce, *squares]
             return epsilon
     return None
+
+
+def _squares(value: ir.Value | None, x: ir.Value | None) -> list[ir.Node]:
+    """The nodes that make the squares of x, perhaps squared before x was parted into heads."""
+    if (square := made_by(value, "Mul", "Pow")) is not None and x is not None:
+        same = square.inputs[1] is x if square.op_type == "Mul" else number(square.inputs[1]) == 2
+        return [square] if same and square.inputs[0] is x else []
+    moved, own = made_by(value, "Reshape", "Transpose"), made_by(x, "Reshape", "Transpose")
+    if moved is None or own is None or moved.op_type != own.op_type or moved.inputs[1:] != own.inputs[1:]:
+        return []
+    alike = moved.op_type == "Reshape" or attribute(moved, "perm", None) == attribute(own, "perm", None)
+    squares = _squares(moved.inputs[0], own.inputs[0]) if alike else []
+    return [*squares, moved] if squares else []
 
 
 def _averaged(mean: ir.Value | None, known: Known) -> ir.Value | None:
