@@ -45,6 +45,7 @@ def biased(model: ir.Model, approximate: str, operator: str) -> int:
             if shape is not None and len(shape) > 1 and is_vector(bias, shape[-1]):
                 new = ir.node(operator, [x, bias], domain=CONTRIB, name=f"{node.name}.biased")
                 replace([add, node], new, {node.outputs[0]: new.outputs[0]}, after=node)
+                known[new.outputs[0]] = shape
                 fired += 1
                 break
     return fired

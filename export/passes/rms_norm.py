@@ -142,6 +142,7 @@ def _fuse(graph: ir.Graph, operator: str, found: Found, known: Known) -> bool:
         inputs.append(shifted[1])
     new = ir.node(operator, inputs, {"axis": -1, "epsilon": found.epsilon}, name=f"{old[-1].name}.norm")
     replace(old, new, {old[-1].outputs[0]: new.outputs[0]}, after=old[-1])
+    known[new.outputs[0]] = shape
     return True
 
 
