@@ -130,7 +130,7 @@ def _centred(graph: ir.Graph, found: Found, known: Known) -> bool:
 def _fuse(graph: ir.Graph, operator: str, found: Found, known: Known) -> bool:
     shape = known.get(found.x)
     width = shape[-1] if shape else None
-    if not isinstance(width, int):
+    if shape is None or not isinstance(width, int):
         return False
     old, weight = [*found.inner, found.last], None
     if (scaled := _with_vector("Mul", old[-1], width)) is not None:

@@ -23,7 +23,7 @@ def test_a_product_with_the_own_sigmoid_is_one_operator(order, alpha):
     gate = g.Sigmoid(x if alpha is None else g.Mul(x, alpha))
     model = g.model(g.Mul(*(x, gate)[::order]))
     assert unchanged(activations.run, model, 1, g.feeds) == {"QuickGelu": 1}
-    assert list(model.graph)[0].attributes["alpha"].as_float() == pytest.approx(alpha or 1)
+    assert next(iter(model.graph)).attributes["alpha"].as_float() == pytest.approx(alpha or 1)
 
 
 def sigmoid_of_another(g, x):
