@@ -210,6 +210,8 @@ def _shape(node: ir.Node, first: Shape, shapes: Shapes, known: Known) -> list[Sh
 def _attention(node: ir.Node, first: Shape, shapes: Shapes, known: Known) -> list[Shape]:
     """What queries (batch, seq, width) get: as wide as themselves, or as all heads of values of another width."""
     value = shapes[2] if len(shapes) > 2 else None
+    if value is not None and len(first) == len(value) == 4 and node.op_type == "Attention":
+        return [(*first[:3], value[3])]
     if len(first) != 3 or value is None or len(value) != 3:
         return []
     queries, keys = attribute(node, "num_heads", None), attribute(node, "kv_num_heads", None)
