@@ -25,6 +25,7 @@ APPROXIMATE = {"Erf": "none", "Tanh": "tanh"}
 
 
 def run(model: ir.Model) -> int:
+    """Fires for each GELU, each product with the own sigmoid, each bias before a tanh GELU."""
     return run_standard(model) + _each(model, _sigmoid_product) + biased(model, "tanh", "FastGelu")
 
 
