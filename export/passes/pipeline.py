@@ -6,21 +6,53 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from . import dead_nodes, mask_branch, packed_qkv, projection_bias, rotary, row_stride, tied_head
+from . import (
+    activations,
+    bias_gelu,
+    common,
+    dead_nodes,
+    mask_branch,
+    needless,
+    packed_qkv,
+    projection_bias,
+    rms_norm,
+    rotary,
+    row_stride,
+    skip_norm,
+    tied_head,
+    wanted_rows,
+)
 
 Pass = Callable[[ir.Model], int]
 
 PASSES: dict[str, Pass] = {
+    "needless": needless.run,
+    "common": common.run,
     "rotary": rotary.run,
     "packed_qkv": packed_qkv.run,
+    "wanted_rows": wanted_rows.run,
+    "rms_norm": rms_norm.run,
+    "activations": activations.run,
+    "skip_norm": skip_norm.run,
+    "bias_gelu": bias_gelu.run,
     "projection_bias": projection_bias.run,
     "mask_branch": mask_branch.run,
     "row_stride": row_stride.run,
     "tied_head": tied_head.run,
     "dead_nodes": dead_nodes.run,
 }
+# Onnxruntime's kernels for these are slower on a CPU than the operators by themselves, and float32 is for a CPU.
+NARROW = {"skip_norm", "bias_gelu"}
+# With the operators of ONNX alone; None leaves a pass out.
+STANDARD: dict[str, Pass | None] = {
+    "rms_norm": rms_norm.run_standard,
+    "activations": activations.run_standard,
+    "skip_norm": None,
+    "bias_gelu": None,
+}
 
 
-def run(model: ir.Model) -> dict[str, int]:
-    """Apply every pass in place; returns how often each fired."""
-    return {name: apply(model) for name, apply in PASSES.items()}
+def run(model: ir.Model, flavor: str = "ort", narrow: bool = False) -> dict[str, int]:
+    """Apply every pass of a flavour in place; returns how often each fired. narrow: float16 or bfloat16 will follow."""
+    passes = {name: STANDARD.get(name, apply) if flavor == "standard" else apply for name, apply in PASSES.items()}
+    return {name: apply(model) for name, apply in passes.items() if apply and (narrow or name not in NARROW)}
