@@ -42,10 +42,10 @@ def families() -> list[str]:
 def refused() -> list[str]:
     """What the last sweep over all families found (`make families`): the share, and those that did not pass."""
     swept = json.loads((TESTS / "families" / "swept.json").read_text("utf-8"))
+    passed, ran = swept["passed"], swept["ran"]
     share = (
-        f"On {swept['date']}, with transformers {swept['transformers']}: {swept['families']} families, of which PyTorch "
-        f"runs {swept['ran']} at toy size; {swept['passed']} of these pass ({swept['passed'] / swept['ran']:.1%}). The "
-        "others:"
+        f"On {swept['date']}, with transformers {swept['transformers']}: {swept['families']} families, of which "
+        f"PyTorch runs {ran} at toy size; {passed} of these pass ({passed / ran:.1%}). The others:"
     )
     rows = [(r["family"], r["result"], r["why"]) for r in swept["failed"]]
     return [share, "", *markdown(("family", "result", "reason"), rows)]

@@ -36,7 +36,7 @@ def of_zoo(name):
 def exported(module, out, monkeypatch, **options):
     """The decoder's operators, and how often each pass fired on it."""
     fired, run = [], pipeline.run
-    monkeypatch.setattr(pipeline, "run", lambda model: fired.append(run(model)) or fired[-1])
+    monkeypatch.setattr(pipeline, "run", lambda *given, **how: fired.append(run(*given, **how)) or fired[-1])
     export_model(module, out, max_length=LONGEST, attention=False, **options)
     return list(ir.load(out / "decoder.onnx").graph), fired[0]
 
