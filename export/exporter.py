@@ -188,6 +188,7 @@ class _Export:
             graph_files.save(graphs, folder)
             if observed is not None:
                 check_observed(observed, folder / "attention.onnx")
+                observed = None
             self._copy_text(folder)
             draft = self._manifest(job, graphs, folder)
             neighbours.write(self.also, draft, folder)

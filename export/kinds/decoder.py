@@ -29,7 +29,8 @@ class DecoderJob:
     """An export of `module(input_ids) -> logits`."""
 
     def __init__(self, module: nn.Module, captured: Trace, asked: Asked) -> None:
-        self.module, self.trace = module, captured
+        self.module = module
+        self.trace: Trace | None = captured
         leak = _find_leak(module, captured)
         try:
             self.captured = capture_decoder(captured, max_length=asked.max_length, flavor=asked.flavor)
@@ -58,7 +59,9 @@ class DecoderJob:
         return generating_verdict(manifest, folder, expected, device, progress)
 
     def observe(self) -> Observed | None:
-        return observe(self.trace, self.captured.max_length)
+        """Once: the trace, hundreds of megabytes of it, is let go before the proof."""
+        traced, self.trace = self.trace, None
+        return None if traced is None else observe(traced, self.captured.max_length)
 
 
 def expect(
