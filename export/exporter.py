@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tfinfer.manifest import (
     TensorSpec,
     TextSpec,
     TokenIds,
+    WeightsSpec,
 )  # fmt: skip
 from tfinfer.proof import golden
 from tfinfer.proof.prove import Verdict
@@ -42,7 +44,8 @@ from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
 from .operators import layers_of
-from .passes import half, joined, pipeline
+from .passes import half, joined, pipeline, quantise
+from .passes.quantise import Recipe
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .sources import Source
@@ -51,6 +54,8 @@ from .verify import check_observed
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# The head and the embedding keep 8 bits: a rounding there is a rounding of every token.
+RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 64)}
 FLAVORS = ("ort", "standard")
 # The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
 # of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
@@ -92,7 +97,8 @@ def export_model(
             anything else, which makes it an encoder; source and target ids to logits: an encoder-decoder.
         out: the folder to make; whole or not at all.
         max_length, max_source_length: the longest sequence; by default the module's own, at most 4096.
-        dtype: "fp32", "fp16" or "bf16", of weights, cache and most activations; the narrow ones for decoders only.
+        dtype: "fp32", "fp16" or "bf16", of weights, cache and most activations; "int8" or "int4": weights by blocks of
+            128 or 64, activations and cache stay float32. All but fp32 for decoders only.
         flavor: "ort" (GroupQueryAttention where it fits) or "standard" (ONNX operators only, for decoders).
         kind: "decoder", "encoder", "encoder-decoder", or "auto": what the source says, or else its trace shows.
         inputs: of a module that takes something else than ids, as "pixels:float32[batch,3,height,width]".
@@ -105,9 +111,11 @@ def export_model(
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
     """
-    for name, value, known in (("dtype", dtype, DTYPES), ("flavor", flavor, FLAVORS), ("kind", kind, KINDS)):
+    for name, value, known in (("dtype", dtype, DTYPES | RECIPES), ("flavor", flavor, FLAVORS), ("kind", kind, KINDS)):
         if value not in known:
             raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
+    if flavor == "standard" and dtype in RECIPES:
+        raise InputError(f"{dtype} needs operators that are not ONNX's own: leave the flavor at 'ort'")
     check_length("max_length", max_length)
     check_length("max_source_length", max_source_length)
     target = Path(out)
@@ -156,6 +164,7 @@ class _Export:
         also: Sequence[str], progress: Progress,
     ) -> None:  # fmt: skip
         self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
+        self.weights: WeightsSpec | None = None  # how they were made small
         self.attention, self.also = attention, also
         self._progress = progress
         self.maps: tuple[MapSpec, ...] = ()
@@ -180,7 +189,7 @@ class _Export:
             graphs = dict(job.graphs)
             self.stage("passes")
             for model in graphs.values():
-                pipeline.run(model, self.asked.flavor, narrow=self.dtype != "fp32")
+                pipeline.run(model, self.asked.flavor, narrow=self.dtype in ("fp16", "bf16"))
             self.stage("write")
             give_back()  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
@@ -225,23 +234,33 @@ class _Export:
         _insist(verdicts[0])
         if self.dtype != "fp32":
             for model in graphs.values():
-                half.run(model, DTYPES[self.dtype])
+                self._make_small(model)
             (folder / graph_files.WEIGHTS).unlink()
             graph_files.save(graphs, folder)
             narrow, not_run = self._narrow_verdict(job, graphs, folder, expected)
             verdicts += narrow
+            if self.weights is not None:
+                self.weights = replace(self.weights, agreement=round(verdicts[-1].agreement, 4))
         last = verdicts[-1]
         _insist(last)
         greedy = last.greedy.identical if last.greedy else 0
         return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
 
+    def _make_small(self, model: ir.Model) -> None:
+        """Half the width, or weights of a few bits."""
+        if (recipe := RECIPES.get(self.dtype)) is None:
+            half.run(model, DTYPES[self.dtype])
+            return
+        count = quantise.run(model, recipe)
+        self.weights = WeightsSpec(recipe.bits, recipe.head_bits, recipe.block_size, recipe.symmetric, count)
+
     def _narrow_verdict(
         self, job: Job, graphs: dict[str, ir.Model], folder: Path, expected: Any
     ) -> tuple[list[Verdict], str]:
         """The proof of a half-width graph on the first device that runs it; none does for bfloat16 without CUDA."""
-        manifest, dtype = self._manifest(job, graphs, folder), NAMES[self.dtype]
+        manifest, dtype = self._manifest(job, graphs, folder), NAMES.get(self.dtype, self.dtype)
         reasons = []
-        for device in ("cuda", "cpu"):
+        for device in ("cpu",) if self.dtype in RECIPES else ("cuda", "cpu"):
             try:
                 return [job.verdict(manifest, folder, expected, device, self._progress)], ""
             except (ProviderError, IncompatibleModelError) as error:
@@ -266,13 +285,14 @@ class _Export:
         """The manifest; without a proof it is a draft, for opening the graphs before, and hashes nothing."""
         source = self.source
         floats = {value.dtype for model in graphs.values() for value in model.graph.inputs}
-        width = NAMES[self.dtype] if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
+        width = NAMES.get(self.dtype, "float32") if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
         operators = {_operator(node) for model in graphs.values() for node in model.graph.all_nodes()}
         fields = job.fields(width)
         return Manifest(
             format_version=FORMAT_VERSION,
             graphs={name: _graph(name, model) for name, model in graphs.items()},
             dtype=width,
+            weights=self.weights,
             flavor=self.asked.flavor,
             attention=summarise_attention(job.attention),
             token_ids=TokenIds(

@@ -25,7 +25,7 @@ def save(models: Mapping[str, ir.Model], folder: Path) -> None:
     before = [(value, value.const_value) for _, value in places]
     try:
         for _, value in places:
-            value.const_value = _named(written[_key(value)], str(value.name))
+            value.const_value = _named(written[_key(value)], value)
         for name, model in models.items():
             ir.save(model, folder / f"{name}.onnx")
     finally:
@@ -43,9 +43,11 @@ def _key(value: ir.Value) -> Any:
     return value.meta.get(SHARED, id(value)), value.dtype
 
 
-def _named(tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
+def _named(tensor: ir.TensorProtocol, value: ir.Value) -> ir.ExternalTensor:
+    """What was written, under the name and in the shape that an initializer has."""
     assert isinstance(tensor, ir.ExternalTensor)
+    assert value.const_value is not None
     return ir.ExternalTensor(
         tensor.location, tensor.offset, tensor.length, tensor.dtype,
-        shape=tensor.shape, name=name, base_dir=tensor.base_dir,
+        shape=ir.Shape(value.const_value.shape.numpy()), name=str(value.name), base_dir=tensor.base_dir,
     )  # fmt: skip

@@ -217,6 +217,21 @@ class ProofSpec:
 
 
 @dataclass(frozen=True)
+class WeightsSpec:
+    """How the weights were made small, and what that costs.
+
+    agreement: share of the proof's rows whose first choice is still PyTorch's.
+    """
+
+    bits: int
+    head_bits: int
+    block_size: int
+    symmetric: bool
+    matrices: int
+    agreement: float = 0.0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that the runtime knows of a folder."""
 
@@ -247,6 +262,7 @@ class Manifest:
     pooling: PoolingSpec | None = None
     maps: tuple[MapSpec, ...] = ()  # of the graph "attention"
     cache_mode: str = "in place"
+    weights: WeightsSpec | None = None  # None where they are as wide as `dtype` says
     appends_one: bool = False  # whether a cache that holds something takes one more position at a time
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from tfinfer.errors import CaptureError
 from tfinfer.manifest import CacheSpec, DecoderRoles, Manifest, StateSpec
 from tfinfer.proof import golden
 from tfinfer.proof.cases import Sources, grid
-from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, open_session, prove
+from tfinfer.proof.prove import GREEDY_TOKENS, Verdict, compared_as, open_session, prove
 
 from ..capture import Captured, Observed, Trace, capture_decoder
 from ..capture.modes import inference_mode_of
@@ -138,6 +138,6 @@ def generating_verdict(
     """Prove the graphs of a folder that generates."""
     session = open_session(manifest, folder, device=device)
     try:
-        return prove(session, manifest.dtype, expected, lambda case: progress(f"proof: {case}"))
+        return prove(session, compared_as(manifest), expected, lambda case: progress(f"proof: {case}"))
     finally:
         session.close()

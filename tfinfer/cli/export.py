@@ -41,10 +41,10 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json to take along.")
 @click.option(
     "--dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
     default="fp32",
     show_default=True,
-    help="Of weights and cache.",
+    help="Of weights and cache; int8, int4: of weights alone.",
 )
 @click.option(
     "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."

@@ -100,6 +100,9 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     source, target = manifest.max_source_length, f"up to {manifest.max_length} tokens"
     lengths = f"source up to {source} tokens, target {target}" if source else target
     yield "kind", f"{manifest.kind}, {manifest.dtype}, flavor {manifest.flavor}, {lengths}"
+    if (small := manifest.weights) is not None:
+        shape = f"int{small.bits} in blocks of {small.block_size}, head and embedding int{small.head_bits}"
+        yield "weights", f"{shape}; {small.agreement:.1%} of the proof's first choices are PyTorch's"
     ids = f"{manifest.vocab_size} ids in" if manifest.vocab_size else "takes no ids"
     first = f"{manifest.source_vocab_size} ids of a source in, " if manifest.source_vocab_size else ""
     last = f", {manifest.num_logits} logits out" if manifest.roles else ""

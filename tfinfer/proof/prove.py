@@ -51,6 +51,11 @@ class Verdict:
         greedy = self.greedy is None or self.greedy.passed or self.dtype != "float32"
         return all(case.passed for case in self.cases) and greedy
 
+    @property
+    def agreement(self) -> float:
+        """Share of all rows whose first choice is that of PyTorch."""
+        return sum(case.agreeing for case in self.cases) / max(1, sum(case.rows for case in self.cases))
+
     def measured(self) -> tuple[ProofCase, ...]:
         return tuple(ProofCase(c.name, c.worst, c.allowed, c.measure) for c in self.cases)
 
@@ -114,7 +119,9 @@ def reference_of(manifest: Manifest) -> str:
 
 
 def compared_as(manifest: Manifest) -> str:
-    """The dtype by whose measure a folder is proved."""
+    """The dtype by whose measure a folder is proved: that of its weights where these are of a few bits."""
+    if manifest.weights is not None:
+        return f"int{manifest.weights.bits}"
     return manifest.dtype if manifest.proof.strict or manifest.dtype != "float32" else "float16"
 
 

@@ -1,0 +1,168 @@
+"""Weights of products and of embeddings in 8 or 4 bits by blocks: MatMulNBits and GatherBlockQuantized.
+
+onnxruntime multiplies such weights as they are, activations rounded to 8 bits by block (accuracy_level 4): a decoder's
+step reads a quarter or an eighth of the bytes. Without accuracy_level 8-bit weights are made float32 anew in each call.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from .blocks import Blocks, quantised
+
+CONTRIB = "com.microsoft"
+SHARED = "shared"  # see capture/emitter.py
+ROUNDED = 4  # accuracy_level: activations in 8 bits
+LEAST_WIDTH = 32  # of a matrix worth it; also the smallest block
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights become small.
+
+    bits: of products. head_bits: of the last product and of the embedding. block_size: numbers that share a scale.
+    keep: patterns of names of weights that stay as they are.
+    """
+
+    bits: int
+    head_bits: int
+    block_size: int
+    symmetric: bool = True
+    search: bool = True
+    keep: tuple[str, ...] = field(default=())
+
+
+def run(model: ir.Model, recipe: Recipe) -> int:
+    """Replace in place; returns how many products and embeddings became small."""
+    return _Quantising(model.graph, recipe).run()
+
+
+class _Quantising:
+    def __init__(self, graph: ir.Graph, recipe: Recipe) -> None:
+        self.graph, self.recipe = graph, recipe
+        self.made: dict[tuple[ir.Value, bool, int], Blocks] = {}  # a weight that several nodes read is quantised once
+
+    def run(self) -> int:
+        heads = set(_heads(self.graph))
+        fired = 0
+        for node in list(self.graph):
+            bits = self.recipe.head_bits if node in heads else self.recipe.bits
+            if _is_product(node) and self._is_wanted(node.inputs[1]):
+                self._product(node, bits)
+            elif _is_embedding(node) and self._is_wanted(node.inputs[0]):
+                self._embedding(node, self.recipe.head_bits)
+            else:
+                continue
+            fired += 1
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses():
+                del self.graph.initializers[name]
+        return fired
+
+    def _is_wanted(self, weight: ir.Value | None) -> bool:
+        name = str(weight.name) if weight is not None else ""
+        return not any(fnmatch.fnmatch(name, pattern) for pattern in self.recipe.keep)
+
+    def _blocks(self, weight: ir.Value, transposed: bool, bits: int) -> Blocks:
+        """transposed: whether the weight lies (columns, k) already, as an embedding does."""
+        key = weight, transposed, bits
+        if key not in self.made:
+            tensor = weight.const_value
+            assert tensor is not None
+            matrix = tensor.numpy().T if transposed else tensor.numpy()
+            recipe = self.recipe
+            search = recipe.search and bits < 8  # 8 bits leave nothing to gain
+            self.made[key] = quantised(matrix, bits, recipe.block_size, symmetric=recipe.symmetric, search=search)
+        return self.made[key]
+
+    def _product(self, node: ir.Node, bits: int) -> None:
+        weight = node.inputs[1]
+        assert weight is not None
+        transposed = node.op_type == "FusedMatMul"
+        blocks = self._blocks(weight, transposed, bits)
+        attributes = {
+            "K": blocks.k, "N": len(blocks.data), "bits": bits, "block_size": blocks.block_size,
+            "accuracy_level": ROUNDED,
+        }  # fmt: skip
+        name = f"{weight.name}.int{bits}"
+        operands = [self._initializer(f"{name}.data", blocks.data), self._initializer(f"{name}.scales", blocks.scales)]
+        if blocks.zeros is not None:
+            operands.append(self._initializer(f"{name}.zeros", blocks.zeros))
+        self._replace(node, ir.node("MatMulNBits", [node.inputs[0], *operands], attributes, domain=CONTRIB))
+
+    def _embedding(self, node: ir.Node, bits: int) -> None:
+        weight = node.inputs[0]
+        assert weight is not None
+        blocks = self._blocks(weight, True, bits)
+        attributes = {"bits": bits, "block_size": blocks.block_size, "gather_axis": 0, "quantize_axis": 1}
+        name = f"{weight.name}.rows{bits}"
+        rows = blocks.data.reshape(len(blocks.data), -1)[:, : blocks.k * bits // 8]  # without what fills the last block
+        operands = [self._initializer(f"{name}.data", rows), self._initializer(f"{name}.scales", blocks.scales)]
+        if blocks.zeros is not None:
+            operands.append(self._initializer(f"{name}.zeros", blocks.zeros))
+        inputs = [operands[0], node.inputs[1], *operands[1:]]
+        self._replace(node, ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB))
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        array = np.ascontiguousarray(array)
+        tensor = ir.Tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        # The rows of an embedding are the columns of the head that is tied to it, byte for byte.
+        value.meta[SHARED] = hashlib.sha256(array.tobytes()).digest()
+        self.graph.initializers[name] = value
+        return value
+
+    def _replace(self, old: ir.Node, new: ir.Node) -> None:
+        result, made = old.outputs[0], new.outputs[0]
+        new.name = old.name
+        made.name, made.type, made.shape = result.name, result.type, result.shape
+        self.graph.insert_after(old, new)
+        result.replace_all_uses_with(made, replace_graph_outputs=True)
+        self.graph.remove(old, safe=True)
+
+
+def _heads(graph: ir.Graph) -> Iterator[ir.Node]:
+    """The products that the logits come from, with no other product between."""
+    todo = [value for value in graph.outputs if value.name == "logits"]
+    seen: set[ir.Value] = set()
+    while todo:
+        value = todo.pop()
+        node = value.producer()
+        if node is None or value in seen:
+            continue
+        seen.add(value)
+        if _is_product(node):
+            yield node
+        else:
+            todo += [operand for operand in node.inputs if operand is not None]
+
+
+def _is_product(node: ir.Node) -> bool:
+    """With a constant matrix, which a fused product reads transposed."""
+    if node.op_type not in ("MatMul", "FusedMatMul") or not _is_matrix(node.inputs[1]):
+        return False
+    flags = {name: a.value for name, a in node.attributes.items()}
+    return node.op_type == "MatMul" or flags == {"transB": 1}
+
+
+def _is_embedding(node: ir.Node) -> bool:
+    """Rows of a table by the ids themselves; tables over positions stay as they are."""
+    if node.op_type != "Gather" or not _is_matrix(node.inputs[0]):
+        return False
+    axis = node.attributes.get("axis")
+    return (axis is None or axis.as_int() == 0) and node.inputs[1] is not None and node.inputs[1].name == "input_ids"
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    tensor = value.const_value if value is not None else None
+    if tensor is None or tensor.dtype is not ir.DataType.FLOAT or len(tensor.shape) != 2:
+        return False
+    return min(int(n) for n in tensor.shape.numpy()) >= LEAST_WIDTH
