@@ -63,9 +63,14 @@ def _as_one_copy(graph: fx.Graph, node: fx.Node) -> None:
     """Nothing where the type stays, else a copy of the new type."""
     source: Any = node.args[0]
     have, want = source.meta["val"].dtype, node.meta["val"].dtype
+    made = None
     if have != want:
         with graph.inserting_before(node):
             made = graph.call_function(aten._to_copy.default, (source,), {"dtype": want})
+    elif node.target is aten.contiguous.default:  # a view behind it needs what it does
+        with graph.inserting_before(node):
+            made = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+    if made is not None:
         made.meta = dict(node.meta)
         source = made
     node.replace_all_uses_with(source)

@@ -6,6 +6,7 @@ And no step of decoding makes or copies the keys and values of the source again.
 import itertools
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -257,8 +258,8 @@ def test_a_translator_by_hand(kind, tmp_path):
 def assert_nothing_of_the_source_is_made_again(folder, manifest, products):
     """Keys and values of the source go from the encoder's graph straight into the attentions of the decoder's.
 
-    products: the matrix products of a step: of its own attention four, to the source two (query and output), two or
-    three of the feed-forward layer, and the head.
+    products: the matrix products of a step: of its own attention two (query, key and value joined; output), to the
+    source two (query and output), two or three of the feed-forward layer, and the head, which may be tied.
     """
     graph, made = (
         onnx.load(folder / f"{name}.onnx", load_external_data=False).graph for name in ("decoder", "encoder")
@@ -273,14 +274,16 @@ def assert_nothing_of_the_source_is_made_again(folder, manifest, products):
     readers = [node for node in graph.node if states & set(node.input)]
     assert [node.op_type for node in readers] == ["MultiHeadAttention"] * LAYERS  # has no weights; nothing in between
     assert sorted(itertools.chain(*(node.input[1:3] for node in readers))) == sorted(states)
-    assert sum(node.op_type == "MatMul" for node in graph.node) == products
-    assert not {node.op_type for node in graph.node} & {"Gemm", "Einsum", "FusedMatMul", "Conv"}
+    found = Counter(node.op_type for node in graph.node)
+    assert found["MatMul"] + found["FusedMatMul"] == products
+    assert found["FusedMatMul"] <= 1
+    assert not found.keys() & {"Gemm", "Einsum", "Conv"}
 
 
 def test_nothing_of_the_source_is_made_again(pair):
     name, _, ours = pair
     feed_forward = 3 if name in ("t5-gated", "mt5") else 2
-    assert_nothing_of_the_source_is_made_again(ours.folder, ours.manifest, (4 + 2 + feed_forward) * LAYERS + 1)
+    assert_nothing_of_the_source_is_made_again(ours.folder, ours.manifest, (2 + 2 + feed_forward) * LAYERS + 1)
 
 
 def test_a_source_longer_than_the_module_takes_is_refused_with_the_length_that_works(tmp_path):

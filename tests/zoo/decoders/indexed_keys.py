@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Indexer(nn.Module):
-    def __init__(self, dim, heads=8, head_dim=8, top_k=6):
+    def __init__(self, dim, heads=32, head_dim=8, top_k=6):
         super().__init__()
         self.heads, self.head_dim, self.top_k = heads, head_dim, top_k
         self.wq, self.wk = nn.Linear(dim, heads * head_dim, bias=False), nn.Linear(dim, head_dim, bias=False)
