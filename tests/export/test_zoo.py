@@ -102,9 +102,18 @@ def test_key_heads_are_cached_before_they_are_repeated_and_nothing_is_transposed
 
 
 def test_only_the_wanted_rows_reach_the_head(tmp_path):
+    """The cut may stand further up, before the last feed-forward block: behind it no attention is left."""
     export_model(handwritten.Learned(), tmp_path / "out", max_length=96)
     graph = onnx.load(tmp_path / "out" / "decoder.onnx", load_external_data=False).graph
-    head = next(node for node in graph.node if node.output[0] == "logits")
     source = {output: node for node in graph.node for output in node.output}
-    assert head.op_type == "MatMul"
-    assert source[head.input[0]].op_type == "Slice"
+    todo, cuts = ["logits"], 0
+    while todo:
+        node = source.get(todo.pop())
+        if node is None:
+            continue
+        assert "Attention" not in node.op_type
+        if node.op_type == "Slice":
+            cuts += 1
+        else:
+            todo += node.input
+    assert cuts
