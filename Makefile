@@ -46,7 +46,7 @@ check-runtime: setup
 		"$$(ls dist/*.whl)[cpu]" pytest hypothesis
 	OMP_NUM_THREADS=1 .venv-runtime/bin/python -P -m pytest tests/runtime
 
-# Every causal family of the installed transformers at toy size: exported, proved, counted (about 20 minutes).
+# Every causal family of the installed transformers at toy size: exported, proved, counted (about half an hour).
 families: setup
 	mkdir -p out
 	$(BIN)/python tests/families/sweep.py --json out/families.json
