@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-SHARED = "shared"  # see capture/emitter.py
+from .matching import SHARED
+
 PARTS = "parts"  # in an initializer's meta: the columns of others that it is made of
 
 

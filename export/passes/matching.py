@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 CONTRIB = "com.microsoft"
+SHARED = "shared"  # in an initializer's meta: what equal ones of two graphs have in common; see capture/emitter.py
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from .matching import is_vector
+
 BIAS = 3  # the input of com.microsoft.MultiHeadAttention
 
 
@@ -46,7 +48,7 @@ def _projection(value: ir.Value | None) -> tuple[ir.Value, ir.Value | None, int]
     for product, bias in (node.inputs, node.inputs[::-1]):
         made_by = product.producer() if product is not None else None
         width = _width(made_by) if made_by is not None else None
-        if product is not None and bias is not None and width is not None and _is_vector(bias, width):
+        if product is not None and bias is not None and width is not None and is_vector(bias, width):
             return product, bias, width
     return None
 
@@ -56,11 +58,6 @@ def _width(node: ir.Node) -> int | None:
     weight = node.inputs[1] if node.op_type == "MatMul" else None
     shape = weight.shape if weight is not None and weight.const_value is not None else None
     return shape[1] if shape is not None and len(shape) == 2 and isinstance(shape[1], int) else None
-
-
-def _is_vector(value: ir.Value, width: int) -> bool:
-    tensor = value.const_value
-    return tensor is not None and tensor.dtype is ir.DataType.FLOAT and list(tensor.shape) == [width]
 
 
 def _joined(graph: ir.Graph, name: str, parts: Sequence[tuple[ir.Value | None, int]]) -> ir.Value:

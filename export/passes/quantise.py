@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from . import dead_nodes
 from .blocks import Blocks, quantised
+from .matching import CONTRIB, SHARED, replace
 
-CONTRIB = "com.microsoft"
-SHARED = "shared"  # see capture/emitter.py
 ROUNDED = 4  # accuracy_level: activations in 8 bits
 LEAST_WIDTH = 32  # of a matrix worth it; also the smallest block
 
@@ -40,7 +40,9 @@ class Recipe:
 
 def run(model: ir.Model, recipe: Recipe) -> int:
     """Replace in place; returns how many products and embeddings became small."""
-    return _Quantising(model.graph, recipe).run()
+    fired = _Quantising(model.graph, recipe).run()
+    dead_nodes.run(model)  # the weights as they were
+    return fired
 
 
 class _Quantising:
@@ -60,9 +62,6 @@ class _Quantising:
             else:
                 continue
             fired += 1
-        for name, value in list(self.graph.initializers.items()):
-            if not value.uses():
-                del self.graph.initializers[name]
         return fired
 
     def _is_wanted(self, weight: ir.Value | None) -> bool:
@@ -94,7 +93,7 @@ class _Quantising:
         operands = [self._initializer(f"{name}.data", blocks.data), self._initializer(f"{name}.scales", blocks.scales)]
         if blocks.zeros is not None:
             operands.append(self._initializer(f"{name}.zeros", blocks.zeros))
-        self._replace(node, ir.node("MatMulNBits", [node.inputs[0], *operands], attributes, domain=CONTRIB))
+        self._instead(node, ir.node("MatMulNBits", [node.inputs[0], *operands], attributes, domain=CONTRIB))
 
     def _embedding(self, node: ir.Node, bits: int) -> None:
         weight = node.inputs[0]
@@ -107,7 +106,12 @@ class _Quantising:
         if blocks.zeros is not None:
             operands.append(self._initializer(f"{name}.zeros", blocks.zeros))
         inputs = [operands[0], node.inputs[1], *operands[1:]]
-        self._replace(node, ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB))
+        self._instead(node, ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB))
+
+    @staticmethod
+    def _instead(old: ir.Node, new: ir.Node) -> None:
+        new.name = old.name
+        replace([old], new, {old.outputs[0]: new.outputs[0]}, old)
 
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
         if name in self.graph.initializers:
@@ -119,14 +123,6 @@ class _Quantising:
         value.meta[SHARED] = hashlib.sha256(array.tobytes()).digest()
         self.graph.initializers[name] = value
         return value
-
-    def _replace(self, old: ir.Node, new: ir.Node) -> None:
-        result, made = old.outputs[0], new.outputs[0]
-        new.name = old.name
-        made.name, made.type, made.shape = result.name, result.type, result.shape
-        self.graph.insert_after(old, new)
-        result.replace_all_uses_with(made, replace_graph_outputs=True)
-        self.graph.remove(old, safe=True)
 
 
 def _heads(graph: ir.Graph) -> Iterator[ir.Node]:

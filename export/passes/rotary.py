@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from .matching import CONTRIB, SHARED
 from .rotation import LAYOUTS, Reader, Rotation
 from .stretch import POSITIONS, Array, Stretch, Walk
 
-CONTRIB, SHARED = "com.microsoft", "shared"  # see capture/emitter.py
 QUERY, KEY, PAST_KEY, COS, SIN, POSITION = 0, 1, 3, 7, 8, 9  # inputs of com.microsoft.GroupQueryAttention
 MULTIPLE = 16  # of features, in a head and among those that turn
 

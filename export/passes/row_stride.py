@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-SHARED = "shared"  # see capture/emitter.py
+from .matching import SHARED
+
 STRIDE, MORE = 1024, 16  # float32: a page of 4096 bytes, a cache line of 64
 # Finite for zeros, and each column by itself.
 ELEMENTWISE = {

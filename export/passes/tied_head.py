@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-CONTRIB, SHARED = "com.microsoft", "shared"  # see capture/emitter.py
+from .matching import CONTRIB, SHARED
 
 
 def run(model: ir.Model) -> int:

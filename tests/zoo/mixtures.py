@@ -238,6 +238,20 @@ class LoopsOverThoseHit(Base):
         return out
 
 
+class CountsOneTooMany(Base):
+    """One class more than experts, which is never hit, and nobody asks whether it was (Nemotron-H)."""
+
+    def mixture(self, x):
+        weights, chosen = self.route(x)
+        out, mask = torch.zeros_like(x), F.one_hot(chosen, EXPERTS + 1).permute(2, 1, 0)
+        for hit in torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero().squeeze(-1):
+            i = hit.item()
+            slot, token = torch.where(mask[i])
+            y = F.linear(F.linear(x[token], self.up[i]).relu(), self.down[i])
+            out.index_add_(0, token, y * weights[token, slot, None])
+        return out
+
+
 class LoopsOverUnique(Base):
     """`for i in chosen.unique()`."""
 

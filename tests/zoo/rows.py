@@ -100,6 +100,7 @@ ROWS = (
     Row("decoders/qk_norm.py", "2 x GroupQueryAttention: causal"),
     Row("decoders/soft_cap.py", "2 x GroupQueryAttention: causal, soft cap 5"),
     Row("decoders/sinks.py", "2 x GroupQueryAttention: causal, sinks"),
+    Row("decoders/sinks_by_query.py", "2 x the module's own operators: as written"),
     Row("decoders/persistent_memory.py", refused="takes positions to which some were added"),
     Row("decoders/talking_heads.py", "2 x the module's own operators: as written"),
     Row("decoders/gated_attention.py", "2 x GroupQueryAttention: causal"),

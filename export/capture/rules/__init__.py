@@ -15,6 +15,7 @@ from . import (
     reductions,
     routing,
     running,
+    scattering,
     sdpa,
     shifts,
     views,
@@ -22,5 +23,5 @@ from . import (
 
 __all__ = [
     "complex", "convolutions", "copies", "elementwise", "features", "indexing", "integers", "linear", "picking",
-    "pointwise", "recurrent", "reductions", "routing", "running", "sdpa", "shifts", "views",
+    "pointwise", "recurrent", "reductions", "routing", "running", "scattering", "sdpa", "shifts", "views",
 ]  # fmt: skip

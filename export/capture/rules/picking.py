@@ -9,7 +9,6 @@ Sources: ONNX NonZero, Gather, GatherND, GatherElements, ScatterND and ScatterEl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +80,9 @@ def _columns(f: Follower, found: Tensor) -> list[Tensor]:
     return columns
 
 
-def _read(f: Follower, node: fx.Node, sizes: Sequence[Any], roles: Sequence[Axis | None], indices: list[Any]) -> Pick:
+def read_indices(
+    f: Follower, node: fx.Node, sizes: Sequence[Any], roles: Sequence[Axis | None], indices: list[Any]
+) -> Pick:
     """The indices of an indexing; a mask stands for those of its true entries, along as many axes as it has.
 
     roles: the axes that are indexed, where they are known.
@@ -190,7 +191,7 @@ def picked_entries(f: Follower, node: fx.Node, x: Any, indices: list[Any]) -> Te
     if not isinstance(x, Tensor):
         return _of_one_number(f, node, x, indices)
     sizes = [f.symbols.product(axis) for axis in x.axes]
-    pick = _read(f, node, sizes, x.axes, indices)
+    pick = read_indices(f, node, sizes, x.axes, indices)
     _check_indices(f, node, x.axes, pick)
     rest = [renewed(followed((x.axes[i],)))[0] for i in pick.rest(x.rank)]
     if len(pick.dims) == 1:
@@ -213,7 +214,7 @@ def _of_one_number(f: Follower, node: fx.Node, x: fx.Node, indices: list[Any]) -
     number, shape = fill_value(f.trace, x), f.trace.shape(x)
     if number is None:
         raise refuse(node, "data looks up entries of a table over positions")
-    pick = _read(f, node, shape, [None] * len(shape), indices)
+    pick = read_indices(f, node, shape, [None] * len(shape), indices)
     rest = [shape[i] for i in pick.rest(len(shape))]
     if not all(isinstance(size, int) for size in rest):
         raise refuse(node, "each position looks up something in all positions")
@@ -227,13 +228,15 @@ def gathered(f: Follower, node: fx.Node, x: Tensor, dim: int, index: Any) -> Ten
     if not isinstance(index, Tensor):
         return _by_table(f, node, x, dim, index)
     if any(a.role for a in x.axes[dim]):
-        rows = _as_rows(f, node, index, dim)
+        rows = as_rows(f, node, index, dim)
         return picked_entries(f, node, x, [None] * dim + [rows])
-    _check_beside(node, x.axes, index.axes, dim)
+    check_beside(node, x.axes, index.axes, dim)
     value, order = working(f.emit, x)
-    value = f.emit.op("GatherElements", value, laid_out(f.emit, index, _in(order, index.axes)), axis=order.index(dim))
+    value = f.emit.op(
+        "GatherElements", value, laid_out(f.emit, index, in_order(order, index.axes)), axis=order.index(dim)
+    )
     axes = renewed(followed(index.axes))
-    return Tensor(value, _in(order, axes), axes, x.dtype)
+    return Tensor(value, in_order(order, axes), axes, x.dtype)
 
 
 def _by_table(f: Follower, node: fx.Node, x: Tensor, dim: int, index: fx.Node) -> Tensor:
@@ -250,11 +253,11 @@ def _by_table(f: Follower, node: fx.Node, x: Tensor, dim: int, index: fx.Node) -
     return Tensor.of(f.emit.op("GatherElements", laid_out(f.emit, x), places, axis=dim), axes, x.dtype)
 
 
-def _in(order: Sequence[int], axes: Axes) -> Axes:
+def in_order(order: Sequence[int], axes: Axes) -> Axes:
     return tuple(axes[i] for i in order)
 
 
-def _as_rows(f: Follower, node: fx.Node, index: Tensor, dim: int) -> Tensor:
+def as_rows(f: Follower, node: fx.Node, index: Tensor, dim: int) -> Tensor:
     """Of an index that says the same for all features of a row, what it says for the row."""
     rest = [axis for i, axis in enumerate(index.axes) if i != dim]
     if any(not a.repeat for a in flat(tuple(rest))):
@@ -262,7 +265,7 @@ def _as_rows(f: Follower, node: fx.Node, index: Tensor, dim: int) -> Tensor:
     return index.seen_as((index.axes[dim],))
 
 
-def _check_beside(node: fx.Node, axes: Axes, of_index: Axes, dim: int) -> None:
+def check_beside(node: fx.Node, axes: Axes, of_index: Axes, dim: int) -> None:
     """Every other axis of the index must be that of the data: the same tokens."""
     for i, (own, other) in enumerate(zip(axes, of_index)):
         if i != dim and [a.role for a in own if a.role] != [a.role for a in other if a.role]:
@@ -276,12 +279,12 @@ def _check_beside(node: fx.Node, axes: Axes, of_index: Axes, dim: int) -> None:
 def index_put(f: Follower, node: fx.Node, x: Any, indices: list[Any], values: Any, accumulate: bool = False) -> Tensor:
     shape = f.trace.shape(node)
     roles = x.axes if isinstance(x, Tensor) else [None] * len(shape)
-    pick = _read(f, node, shape, roles, indices)
+    pick = read_indices(f, node, shape, roles, indices)
     if isinstance(values, fx.Node) and len(pick.indices) == 1:  # inverse[order] = arange(n)
         axis = pick.indices[0].axes[0]
         if _counts_all(f, values, f.symbols.product(axis)):
             values = _as_data(f, node, values, f.symbols.product(axis), axis)
-    result = _put(f, node, x, pick, values, "add" if accumulate else "none")
+    result = put(f, node, x, pick, values, "add" if accumulate else "none")
     written = f.symbols.product(pick.indices[0].axes[0]) if len(pick.indices) == 1 else None
     if isinstance(values, Tensor) and values.value in f.indexes and shape == [written]:  # every entry is written once
         f.indexes[result.value] = f.indexes[values.value]
@@ -293,14 +296,14 @@ def index_add(f: Follower, node: fx.Node, x: Any, dim: int, index: Any, source: 
     shape = f.trace.shape(node)
     roles = x.axes if isinstance(x, Tensor) else [None] * len(shape)
     dim %= len(shape)
-    pick = _read(f, node, shape, roles, [None] * dim + [index])
+    pick = read_indices(f, node, shape, roles, [None] * dim + [index])
     if isinstance(source, Tensor) and alpha != 1:
         scale = f.emit.constant(torch.tensor(alpha, dtype=source.dtype).numpy())
         source = Tensor(f.emit.op("Mul", source.value, scale), source.base, source.axes, source.dtype)
-    return _put(f, node, x, pick, source, "add" if node.target is aten.index_add.default else "none")
+    return put(f, node, x, pick, source, "add" if node.target is aten.index_add.default else "none")
 
 
-def _put(f: Follower, node: fx.Node, x: Any, pick: Pick, values: Any, how: str) -> Tensor:
+def put(f: Follower, node: fx.Node, x: Any, pick: Pick, values: Any, how: str) -> Tensor:
     """x with values written, or added, at the picked entries."""
     x = _base(f, node, x, pick)
     _check_indices(f, node, x.axes, pick)
@@ -345,62 +348,3 @@ def _updates(f: Follower, node: fx.Node, pick: Pick, rest: list[Axis], values: A
     if any(bool(have) != bool(want) for have, want in zip(lies, wanted)):
         value = f.emit.op("Expand", value, size_vector(f.emit, wanted))
     return value if values.dtype == dtype else f.emit.cast(value, dtype)
-
-
-REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "max", "amin": "min"}
-
-
-@rule(
-    aten.scatter.src, aten.scatter.value, aten.scatter_add.default,
-    aten.scatter.reduce, aten.scatter.value_reduce, aten.scatter_reduce.two,
-)  # fmt: skip
-def scatter(
-    f: Follower, node: fx.Node, x: Any, dim: int, index: Any, source: Any, how: str = "", **kwargs: Any
-) -> Tensor:
-    how = REDUCTIONS.get(kwargs.get("reduce", how), "add" if node.target is aten.scatter_add.default else "none")
-    shape = f.trace.shape(node)
-    dim %= len(shape)
-    if not isinstance(index, Tensor) or not kwargs.get("include_self", True):
-        raise refuse(node, "is followed for data put where data says, beside what was there")
-    to_keys = has(f.indexes.get(index.value, ()), Role.KEY)
-    if not isinstance(shape[dim], int) and not to_keys:
-        rows = _as_rows(f, node, index, dim)
-        pick = _read(f, node, shape, x.axes if isinstance(x, Tensor) else [None] * len(shape), [None] * dim + [rows])
-        return _put(f, node, x, pick, source, how)
-    base = _beside_index(f, node, x, dim, index)
-    if to_keys and not has(base.axes[dim], Role.KEY):
-        raise refuse(node, "the index picks among all positions, and what it is put into has none there")
-    _check_beside(node, base.axes, index.axes, dim)
-    value, order = working(f.emit, base)
-    places = laid_out(f.emit, index, _in(order, index.axes))
-    updates = _beside_places(f, node, source, index, order, base.dtype)
-    value = f.emit.op("ScatterElements", value, places, updates, axis=order.index(dim), reduction=how)
-    axes = followed(base.axes)
-    return Tensor(value, _in(order, axes), axes, base.dtype)
-
-
-def _beside_index(f: Follower, node: fx.Node, x: Any, dim: int, index: Tensor) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    number = fill_value(f.trace, x)
-    if number is None:
-        raise refuse(node, "data is put into a table", "zeros, or data, may be written into")
-    shape, along = f.trace.shape(x), f.indexes.get(index.value, ())
-    own = [along if i == dim and along else axis for i, axis in enumerate(index.axes)]
-    axes = tuple(fixed(n) if isinstance(n, int) else own[i] for i, n in enumerate(shape))
-    return filled(f.emit, number, renewed(followed(axes)), x.meta["val"].dtype)
-
-
-def _beside_places(
-    f: Follower, node: fx.Node, source: Any, index: Tensor, order: list[int], dtype: torch.dtype
-) -> ir.Value:
-    """The values to put, as many as there are places."""
-    if isinstance(source, Tensor):
-        if math.prod(map(f.symbols.product, source.axes)) != math.prod(map(f.symbols.product, index.axes)):
-            raise refuse(node, "puts some of its values", "give as many indices as values")
-        value = laid_out(f.emit, source, _in(order, source.axes))
-        return value if source.dtype == dtype else f.emit.cast(value, dtype)
-    number = fill_value(f.trace, source) if isinstance(source, fx.Node) else source
-    if number is None:
-        raise refuse(node, "puts entries of a table where data says")
-    return spread(f.emit, number, _in(order, followed(index.axes)), dtype)
