@@ -191,7 +191,7 @@ class _Export:
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.dtype in ("fp16", "bf16"))
             self.stage("write")
-            give_back()  # what capturing took
+            give_back(self.source.module)  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
             graphs |= self._observed(observed, graphs)
             graph_files.save(graphs, folder)
@@ -226,7 +226,7 @@ class _Export:
         """Prove the float32 graphs strictly; then, for a half width, write them and measure what the width costs."""
         expected = job.expect(self._progress)
         job.save(folder / golden.FILE_NAME, expected)
-        give_back()  # what PyTorch's passes took, before onnxruntime takes its own
+        give_back(self.source.module)  # what PyTorch's passes took, before onnxruntime takes its own
         try:
             verdicts, not_run = [job.verdict(draft, folder, expected, "cpu", self._progress)], ""
         except InputError as error:

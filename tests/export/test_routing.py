@@ -161,9 +161,6 @@ SIZES = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FAMILIES = [
-    "mixtral",
-    "qwen3_moe",
-    "olmoe",
     "qwen2_moe",
     "granitemoe",
     "phimoe",
