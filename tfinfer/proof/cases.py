@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
+GROWS_UP_TO = 1024  # positions
+
 
 @dataclass(frozen=True)
 class Call:
@@ -187,8 +189,7 @@ def run(decoder: Any, case: Case, all_rows: bool) -> Iterator[tuple[Row, npt.NDA
     wanted: dict[int, list[Row]] = {}
     for row in case.rows:
         wanted.setdefault(row.call, []).append(row)
-    capacity = max(len(s) for s in case.sequences)
-    cache = open_cache(decoder, case.slots, max(1, capacity // 2), case.sources)  # too small: it has to grow
+    cache = open_cache(decoder, case.slots, _first_capacity(case), case.sources)
     slots = [cache.acquire() for _ in range(case.slots)]
     try:
         for slot, source in zip(slots, case.sources):
@@ -205,6 +206,12 @@ def run(decoder: Any, case: Case, all_rows: bool) -> Iterator[tuple[Row, npt.NDA
                 yield from _prefilled(decoder, cache, slots[call.slot], call, wanted.get(number, []), all_rows)
     finally:
         cache.close()
+
+
+def _first_capacity(case: Case) -> int:
+    """Too little, so that the cache has to grow; for a long sequence enough, since growing holds it one and a half times."""
+    longest = max(len(s) for s in case.sequences)
+    return longest if longest > GROWS_UP_TO else max(1, longest // 2)
 
 
 def open_cache(decoder: Any, slots: int, capacity: int, sources: Sequence[Ids]) -> Any:
