@@ -66,7 +66,13 @@ def same_segment(m, scores, x, ids):
     return scores.masked_fill((kind[:, :, None] != kind[:, None, :])[:, None] | future(ids.shape[1]), -1e9)
 
 
-WAYS = [spread, broadcast, beside_a_table, forgetting, per_query, hidden_ids, same_segment]
+def looked_up(m, scores, x, ids):
+    """What is padding by its id, looked up by rows and keys (t5gemma)."""
+    rows, keys = torch.arange(len(ids))[:, None, None, None], torch.arange(ids.shape[1])[None, None, None] + 0
+    return scores.masked_fill(~((ids != 3)[rows, keys] & ~future(ids.shape[1])), -1e9)
+
+
+WAYS = [looked_up, spread, broadcast, beside_a_table, forgetting, per_query, hidden_ids, same_segment]
 
 
 @pytest.mark.parametrize("change", WAYS)

@@ -209,7 +209,7 @@ def run(decoder: Any, case: Case, all_rows: bool) -> Iterator[tuple[Row, npt.NDA
 
 
 def _first_capacity(case: Case) -> int:
-    """Too little, so that the cache has to grow; for a long sequence enough, since growing holds it one and a half times."""
+    """Too little, so that the cache has to grow; for a long sequence enough: growing holds it one and a half times."""
     longest = max(len(s) for s in case.sequences)
     return longest if longest > GROWS_UP_TO else max(1, longest // 2)
 

@@ -16,7 +16,7 @@ from ..tensor import Tensor, from_working, working
 from ..trace import arguments, aten, refuse
 from .columns import cut_columns, is_keys, joined_to_keys
 from .elementwise import broadcast, elementwise, named
-from .picking import gathered, picked_entries
+from .picking import counts_all, gathered, picked_entries
 from .shifts import cut, is_sequence, put_in_front
 
 
@@ -106,6 +106,8 @@ def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
     named = [i for i, index in enumerate(indices) if index is not None]
     if isinstance(x, fx.Node) and fill_value(f.trace, x) is None:
         return _look_up(f, node, x, indices)
+    if isinstance(x, Tensor) and (every := _every_entry(f, x, indices)) is not None:
+        return every
     if len(named) != 1 or not f.is_constant(indices[named[0]]) or isinstance(x, fx.Node):
         return picked_entries(f, node, x, indices)
     (dim,), picked = named, f.constant(indices[named[0]])
@@ -119,6 +121,19 @@ def index(f: Follower, node: fx.Node, x: Any, *where: Any) -> Tensor:
     value = f.emit.op("Gather", value, f.emit.constant(picked.numpy()), axis=order.index(dim))
     axes = followed(x.axes)
     return from_working(value, (*axes[:dim], fixed(len(picked)), *axes[dim + 1 :]), order, x.dtype)
+
+
+def _every_entry(f: Follower, x: Tensor, indices: list[Any]) -> Tensor | None:
+    """x[arange(rows)[:, None], arange(positions)]: all of x in other axes, as masks by index look it up; or None."""
+    if not all(isinstance(i, fx.Node) and counts_all(f, i, f.symbols.product(a)) for i, a in zip(indices, x.axes)):
+        return None
+    shapes = [f.trace.shape(index) for index in indices]
+    places = [next((len(shape) - i for i, n in enumerate(shape) if n != 1), 0) for shape in shapes]  # from behind
+    if 0 in places or len(set(places)) < len(places):
+        return None
+    rank = max(map(len, shapes))
+    seen = dict(zip(places, x.axes))
+    return x.seen_as((*(seen.get(rank - i, ()) for i in range(rank)), *x.axes[len(indices) :]))
 
 
 @rule(aten.gather.default)

@@ -25,6 +25,7 @@ from ..tensor import Tensor, laid_out, size_of_axis, size_vector, working
 from ..trace import arguments, aten, is_computed, refuse
 
 ONE_BY_ONE = "look up positions by indices that torch.where or nonzero gave of a mask over the same positions"
+UNCHANGED = (aten.unsqueeze.default, aten.view.default, aten.slice.Tensor, aten.alias.default)  # where shapes agree
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _as_data(f: Follower, node: fx.Node, index: Any, size: Any, axis: Axis | Non
         picked = picked.nonzero().squeeze(-1) if picked.dtype == torch.bool and picked.dim() == 1 else picked
         axes = tuple(fixed(int(n)) for n in picked.shape)
         return Tensor.of(f.emit.constant(picked.numpy()), axes, torch.int64)
-    if axis is None or not _counts_all(f, index, size):
+    if axis is None or not counts_all(f, index, size):
         raise refuse(node, "picks positions by a table", ONE_BY_ONE)
     length = f.emit.op("Squeeze", size_of_axis(f.emit, axis))
     value = f.emit.op("Range", f.emit.constant(0), length, f.emit.constant(1))
@@ -133,11 +134,11 @@ def _as_data(f: Follower, node: fx.Node, index: Any, size: Any, axis: Axis | Non
     return Tensor(value, (own,), tuple(() if n == 1 else own for n in f.trace.shape(index)), torch.int64)
 
 
-def _counts_all(f: Follower, node: fx.Node, size: Any) -> bool:
+def counts_all(f: Follower, node: fx.Node, size: Any) -> bool:
     """Whether a positional node is arange(size), whatever axes of size 1 stand around it."""
     if [n for n in f.trace.shape(node) if n != 1] != [size]:
         return False
-    while node.target in (aten.unsqueeze.default, aten.view.default, aten.slice.Tensor, aten.alias.default):
+    while node.target in UNCHANGED or (node.target is aten.add.Tensor and arguments(node)[1:] == (0,)):
         node = arguments(node)[0]
     starts = {aten.arange.default: (), aten.arange.start: (0,), aten.arange.start_step: (0,)}
     if not is_computed(node) or node.target not in starts or f.trace.shape(node) != [size]:
@@ -282,7 +283,7 @@ def index_put(f: Follower, node: fx.Node, x: Any, indices: list[Any], values: An
     pick = read_indices(f, node, shape, roles, indices)
     if isinstance(values, fx.Node) and len(pick.indices) == 1:  # inverse[order] = arange(n)
         axis = pick.indices[0].axes[0]
-        if _counts_all(f, values, f.symbols.product(axis)):
+        if counts_all(f, values, f.symbols.product(axis)):
             values = _as_data(f, node, values, f.symbols.product(axis), axis)
     result = put(f, node, x, pick, values, "add" if accumulate else "none")
     written = f.symbols.product(pick.indices[0].axes[0]) if len(pick.indices) == 1 else None
