@@ -108,7 +108,7 @@ def run(
         resident = _status("VmRSS")
         vocabulary = min(manifest.vocab_size, manifest.num_logits)
         prompts = np.random.default_rng(0).integers(0, vocabulary, (work.batch, work.prompt_length))
-        with _no_garbage_collection():
+        with no_garbage_collection():
             prefill, steps, cache_bytes = _measure_decoder(model, prompts, work, progress)
             whole, firsts = _measure_stream(model, prompts, work, progress)
         environment = _environment(model, path) | {"load_average": busy, "command_line": command_line}
@@ -150,7 +150,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """A collection would fall into one of the steps."""
     was_on = gc.isenabled()
     gc.collect()
