@@ -11,23 +11,24 @@ import dataclasses
 import datetime
 import os
 import statistics
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tfinfer.bench import no_garbage_collection
 from tfinfer.integrity import check_files
 from tfinfer.manifest import Manifest, load_manifest
-from tfinfer.ranks import sign_test
+from tfinfer.measure.ranks import sign_test
+from tfinfer.measure.runs import Progress, no_garbage_collection
+from tfinfer.measure.trial import Trial, Work, open_for, request, same_result, work_for
 from tfinfer.session import tuned
 from tfinfer.session.machine import Machine, this_machine
 from tfinfer.session.settings import OnCpu, Settings
 from tfinfer.session.threads import Threads, thread_count
-from tfinfer.trial import Trial, Work, open_for, request, same_result, work_for
 
 OBJECTIVE = "the time of one request: its prefill and its steps; no phase may become clearly slower"
-ROUNDS, QUICK_ROUNDS = 9, 5
+ROUNDS, QUICK_ROUNDS = 9, 5  # at least: noise hits short requests harder, so they go on for the seconds below
+SECONDS, QUICK_SECONDS, MOST_ROUNDS = 4.0, 1.0, 101
 NEW_TOKENS, QUICK_NEW_TOKENS = 32, 16
 GAIN = 0.03  # below this a difference is not worth a setting
 CHANCE = 0.05
@@ -39,7 +40,6 @@ SWITCHES: tuple[dict[str, Any], ...] = (
     {"memory_pattern": True},
 )
 FOR_ONE_THREAD = ("memory_pattern",)
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Duel:
         return {
             "candidate": describe(self.candidate),
             "against": describe(self.against),
+            "rounds": len(self.request),
             "ratio": self.ratio,
             "lowest": min(self.request),
             "highest": max(self.request),
@@ -106,7 +107,6 @@ class Report:
 
     machine: str
     work: str
-    rounds: int
     duels: tuple[Duel, ...]
     chosen: OnCpu
     default: OnCpu
@@ -118,7 +118,6 @@ class Report:
             "machine": self.machine,
             "objective": OBJECTIVE,
             "workload": self.work,
-            "rounds": self.rounds,
             "duels": [duel.to_dict() for duel in self.duels],
             "chosen": {"threads": self.chosen.threads.count, **dataclasses.asdict(self.chosen.settings)},
             "is_default": self.chosen == self.default,
@@ -145,11 +144,9 @@ def tune(
     work = work_for(manifest, prompt_length, new_tokens, QUICK_NEW_TOKENS if quick else NEW_TOKENS)
     machine, default = this_machine(), OnCpu(thread_count())
     with tuned.writing(path) as made:
-        arena = Arena(manifest, path, work, QUICK_ROUNDS if quick else ROUNDS, progress)
+        arena = Arena(manifest, path, work, quick, progress)
         chosen = choose(arena, default, machine)
-        report = Report(
-            str(machine), str(work), arena.rounds, tuple(arena.duels), chosen, default, path / tuned.TUNE_FILE
-        )
+        report = Report(str(machine), str(work), tuple(arena.duels), chosen, default, path / tuned.TUNE_FILE)
         created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
         measured = {name: value for name, value in report.to_dict().items() if name not in ("machine", "file")}
         entry = tuned.Entry(tuned.key_of(path), chosen.threads.count, chosen.settings, created, measured)
@@ -160,8 +157,10 @@ def tune(
 class Arena:
     """Where duels are fought, and the list of those that were."""
 
-    def __init__(self, manifest: Manifest, folder: Path, work: Work, rounds: int, progress: Progress) -> None:
-        self.manifest, self.folder, self.work, self.rounds, self.progress = manifest, folder, work, rounds, progress
+    def __init__(self, manifest: Manifest, folder: Path, work: Work, quick: bool, progress: Progress) -> None:
+        self.manifest, self.folder, self.work, self.progress = manifest, folder, work, progress
+        self.rounds = QUICK_ROUNDS if quick else ROUNDS
+        self.seconds = QUICK_SECONDS if quick else SECONDS
         self.duels: list[Duel] = []
 
     def duel(self, candidate: OnCpu, against: OnCpu) -> Duel:
@@ -172,8 +171,9 @@ class Arena:
         trials: list[list[Trial]] = [[], []]
         try:
             with no_garbage_collection():
-                for number in range(self.rounds + 1):
-                    for side in (0, 1) if number % 2 else (1, 0):
+                began = time.perf_counter()
+                while self._goes_on(len(trials[0]) - 1, time.perf_counter() - began):
+                    for side in (0, 1) if len(trials[0]) % 2 else (1, 0):
                         trials[side].append(request(sessions[side], self.work))
         finally:
             for session in sessions:
@@ -181,6 +181,10 @@ class Arena:
         found = compared(self.manifest, candidate, against, *trials)
         self.duels.append(found)
         return found
+
+    def _goes_on(self, rounds: int, seconds: float) -> bool:
+        """Whether another round follows: what was measured has no say in it."""
+        return rounds < self.rounds or (rounds < MOST_ROUNDS and seconds < self.seconds)
 
 
 def compared(manifest: Manifest, candidate: OnCpu, against: OnCpu, ours: list[Trial], theirs: list[Trial]) -> Duel:

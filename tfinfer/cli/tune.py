@@ -45,7 +45,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
 
     yield "machine", report.machine
     yield "objective", OBJECTIVE
-    yield "workload", f"{report.work}; {many(report.rounds, 'round')} in turns after one of warm-up"
+    yield "workload", f"{report.work}; in turns, after a round of warm-up"
     yield "rule", f"taken at a gain of {GAIN:.0%} or more that chance gives in at most {CHANCE:.0%} of cases"
     for duel in report.duels:
         yield "tried", _line(duel)
@@ -58,5 +58,5 @@ def _line(duel: Duel) -> str:
     from tfinfer.tune import describe
 
     spread = f"{duel.ratio:.2f} x the time ({min(duel.request):.2f} to {max(duel.request):.2f})"
-    times = f"{duration(duel.seconds[0])}, {duration(duel.seconds[1])}"
+    times = f"{many(len(duel.request), 'round')}, {duration(duel.seconds[0])}, {duration(duel.seconds[1])}"
     return f"{describe(duel.candidate)} against {describe(duel.against)}: {spread}; {times}: {duel.verdict}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfinfer.errors import CorruptModelError, ManifestError, TargetError, UnsafeModelError
+from tfinfer.errors import CorruptModelError, ManifestError, MissingDependencyError, TargetError, UnsafeModelError
 from tfinfer.integrity import sha256
 from tfinfer.manifest import FILE_NAME, read_as
 from tfinfer.session.machine import this_machine
@@ -129,10 +129,14 @@ def state(folder: Path) -> str:
     """One line for people: whether a tuning applies here, and if not, why. Raises as `read`."""
     if not os.path.lexists(folder / TUNE_FILE):
         return "none; tfinfer tune makes one"
-    entries, here = read(folder), key_of(folder)
+    entries = read(folder)
+    try:
+        here = key_of(folder)
+    except MissingDependencyError:
+        return "does not apply: onnxruntime is not installed, or broken"
     for entry in entries:
         if entry.key == here:
-            return f"applies here: {entry.threads} threads, {entry.settings}, measured {entry.created}"
+            return f"applies here: threads {entry.threads}, {entry.settings}, measured {entry.created}"
     if not entries:
         return "does not apply: of a newer tfinfer, or empty; tune again"
     differing = {

@@ -56,7 +56,8 @@ def _normal(u: float, n: int, m: int, counts: npt.NDArray[np.int64]) -> float:
 
 def sign_test(wins: int, rounds: int) -> float:
     """One-sided p of at least so many wins where a win and a loss are equally likely."""
-    return sum(math.comb(rounds, k) for k in range(wins, rounds + 1)) / 2**rounds
+    ways = sum(math.comb(rounds, k) for k in range(wins, rounds + 1))
+    return float(ways / 2**rounds)
 
 
 def ratio_of_medians(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfinfer.bench import PROMPT_LENGTH, plan
 from tfinfer.errors import InputError, LengthError
 from tfinfer.manifest import Manifest
+from tfinfer.measure.workload import PROMPT_LENGTH, plan
 from tfinfer.proof.cases import open_cache
 from tfinfer.proof.compare import Difference
 from tfinfer.proof.prove import compared_as

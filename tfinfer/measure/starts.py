@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_CHILD = "import sys; from tfinfer.starts import child; child(*sys.argv[1:])"
+_CHILD = "import sys; from tfinfer.measure.starts import child; child(*sys.argv[1:])"
 _LONGEST = 600  # seconds
 
 
