@@ -62,7 +62,7 @@ def _named_file(args: list[str]) -> list[str]:
 def command(
     folder: Path, device: str, threads: int | None, as_json: bool, json_file: Path | None, **asked: Any
 ) -> None:
-    """Measure start, prefill and decode.
+    """Measure start, prefill and decode; compare two measurements.
 
     The prompts are random ids and no id stops a sequence, so every run does the same work. Lengths that are asked for
     must fit into the model's longest length; the defaults shrink to fit.
