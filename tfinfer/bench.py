@@ -22,6 +22,7 @@ from tfinfer.errors import InputError
 from tfinfer.generating import GeneratingModel
 from tfinfer.integrity import check_files, sha256
 from tfinfer.manifest import FILE_NAME, Manifest, load_manifest
+from tfinfer.measure.busy import busy_warnings, load_average
 from tfinfer.measure.runs import Progress, measure_decoder, measure_stream, no_garbage_collection, timed
 from tfinfer.measure.starts import StartFailedError, measure
 from tfinfer.measure.traffic import traffic
@@ -31,7 +32,6 @@ from tfinfer.session.ort import onnxruntime
 from tfinfer.version import __version__
 
 SCHEMA = 2
-BUSY = 0.5  # load average per processor from which other work is likely to be in the figures
 ENOUGH = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # samples below which a percentile is only the worst one
 DEFINITIONS = {
     "open": "from the manifest to a model that can generate: graph, weights and tokenizer; once, in a new process",
@@ -73,7 +73,7 @@ def run(
     if starts < 0:
         raise InputError(f"starts: expected a whole number of at least 0, got {starts}")
     progress("load")
-    busy = _load_average()
+    busy = load_average()
     check, import_seconds = timed(lambda: check_files(path, manifest)), timed(onnxruntime)
     started_new, failure = _measure_starts(path, manifest, device, threads, starts, progress)
     started = time.perf_counter()
@@ -109,7 +109,7 @@ def run(
         },
         "environment": environment,
         "definitions": DEFINITIONS,
-        "warnings": _warnings(busy) + failure,
+        "warnings": busy_warnings(busy) + failure,
     }
 
 
@@ -166,20 +166,6 @@ def _environment(model: GeneratingModel, folder: Path) -> dict[str, Any]:
         "file_bytes": sum(file.bytes for file in model.manifest.files.values()),
         "utc": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
-
-
-def _load_average() -> tuple[float, float, float] | None:
-    try:
-        return os.getloadavg()
-    except (AttributeError, OSError):
-        return None
-
-
-def _warnings(busy: tuple[float, float, float] | None) -> list[str]:
-    cores = os.cpu_count() or 1
-    if busy is None or busy[0] <= BUSY * cores:
-        return []
-    return [f"the load average was {busy[0]:.2f} on {cores} processors before it began: other work is in these figures"]
 
 
 def _status(name: str) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from tfinfer.integrity import check_files
 from tfinfer.manifest import Manifest, load_manifest
+from tfinfer.measure.busy import busy_warnings, load_average
 from tfinfer.measure.ranks import sign_test
 from tfinfer.measure.runs import Progress, no_garbage_collection
 from tfinfer.measure.trial import Trial, Work, open_for, request, same_result, work_for
@@ -111,6 +112,7 @@ class Report:
     chosen: OnCpu
     default: OnCpu
     file: Path
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -122,6 +124,7 @@ class Report:
             "chosen": {"threads": self.chosen.threads.count, **dataclasses.asdict(self.chosen.settings)},
             "is_default": self.chosen == self.default,
             "file": str(self.file),
+            "warnings": list(self.warnings),
         }
 
 
@@ -142,11 +145,19 @@ def tune(
     manifest = load_manifest(path)
     check_files(path, manifest)
     work = work_for(manifest, prompt_length, new_tokens, QUICK_NEW_TOKENS if quick else NEW_TOKENS)
-    machine, default = this_machine(), OnCpu(thread_count())
+    machine, default, busy = this_machine(), OnCpu(thread_count()), load_average()
     with tuned.writing(path) as made:
         arena = Arena(manifest, path, work, quick, progress)
         chosen = choose(arena, default, machine)
-        report = Report(str(machine), str(work), tuple(arena.duels), chosen, default, path / tuned.TUNE_FILE)
+        report = Report(
+            str(machine),
+            str(work),
+            tuple(arena.duels),
+            chosen,
+            default,
+            path / tuned.TUNE_FILE,
+            tuple(busy_warnings(busy)),
+        )
         created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
         measured = {name: value for name, value in report.to_dict().items() if name not in ("machine", "file")}
         entry = tuned.Entry(tuned.key_of(path), chosen.threads.count, chosen.settings, created, measured)

@@ -385,9 +385,9 @@ def test_a_plan_shrinks_only_what_was_not_asked_for() -> None:
 
 
 def test_a_busy_machine_is_warned_of(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_load_average", lambda: (1e6, 0.0, 0.0))
+    monkeypatch.setattr(bench, "load_average", lambda: (1e6, 0.0, 0.0))
     assert "warning: the load average" in run("bench", tiny, *SHORT).stderr
-    monkeypatch.setattr(bench, "_load_average", lambda: None)
+    monkeypatch.setattr(bench, "load_average", lambda: None)
     assert "warning" not in run("bench", tiny, *SHORT).stderr
 
 

@@ -187,6 +187,15 @@ def test_the_command_says_what_it_tried_and_what_it_chose(speeds, copied):
     assert found["is_default"] is False
 
 
+def test_a_busy_machine_is_warned_of_and_kept_in_the_file(speeds, copied, monkeypatch):
+    speeds(lambda threads, settings: (1.0, 0.1))
+    monkeypatch.setattr(tune, "load_average", lambda: (1e6, 0.0, 0.0))
+    assert "warning: the load average was 1000000.00" in run("tune", copied).stderr
+    assert "load average" in tuned.find(copied).measured["warnings"][0]
+    monkeypatch.setattr(tune, "load_average", lambda: None)
+    assert "warning" not in run("tune", copied).stderr
+
+
 def test_the_command_refuses_what_cannot_be_tuned(copied, monkeypatch):
     assert run("tune", copied / "nowhere").exit_code == 3
     assert run("tune", copied, "--tokens", 1).exit_code == 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tfinfer.cli import options
-from tfinfer.cli.console import Status, duration, many, say_json, table
+from tfinfer.cli.console import Status, duration, many, remark, say_json, table
 
 if TYPE_CHECKING:
     from tfinfer.tune import Duel, Report
@@ -38,6 +38,8 @@ def command(folder: Path, prompt_length: int | None, new_tokens: int | None, qui
         say_json(report.to_dict())
     else:
         table(_rows(report))
+        for warning in report.warnings:
+            remark(f"warning: {warning}; tune again where nothing else runs, unless this is how it will be")
 
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
