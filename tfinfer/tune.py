@@ -146,22 +146,14 @@ def tune(
     check_files(path, manifest)
     work = work_for(manifest, prompt_length, new_tokens, QUICK_NEW_TOKENS if quick else NEW_TOKENS)
     machine, default, busy = this_machine(), OnCpu(thread_count()), load_average()
-    with tuned.writing(path) as made:
-        arena = Arena(manifest, path, work, quick, progress)
-        chosen = choose(arena, default, machine)
-        report = Report(
-            str(machine),
-            str(work),
-            tuple(arena.duels),
-            chosen,
-            default,
-            path / tuned.TUNE_FILE,
-            tuple(busy_warnings(busy)),
-        )
-        created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        measured = {name: value for name, value in report.to_dict().items() if name not in ("machine", "file")}
-        entry = tuned.Entry(tuned.key_of(path), chosen.threads.count, chosen.settings, created, measured)
-        tuned.put(entry, path, made)
+    tuned.check_writable(path)
+    arena = Arena(manifest, path, work, quick, progress)
+    chosen, file = choose(arena, default, machine), path / tuned.TUNE_FILE
+    warnings = tuple(busy_warnings(busy))
+    report = Report(str(machine), str(work), tuple(arena.duels), chosen, default, file, warnings)
+    created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    measured = {name: value for name, value in report.to_dict().items() if name not in ("machine", "file")}
+    tuned.put(tuned.Entry(tuned.key_of(path), chosen.threads.count, chosen.settings, created, measured), path)
     return report
 
 

@@ -212,6 +212,11 @@ def test_what_else_differs_is_told(files):
     assert "note: also differs: onnxruntime" in result.stderr
 
 
+def test_what_a_measurement_was_warned_of_is_told_again(files):
+    result = run("bench", "compare", *files(lambda data: data.update(warnings=["the load average was 99"])))
+    assert "b.json: the load average was 99" in result.stderr
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

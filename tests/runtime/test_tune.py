@@ -187,6 +187,14 @@ def test_the_command_says_what_it_tried_and_what_it_chose(speeds, copied):
     assert found["is_default"] is False
 
 
+def test_a_failure_while_measuring_leaves_the_folder_as_it_was(speeds, copied, monkeypatch):
+    names = sorted(path.name for path in copied.iterdir())
+    speeds(lambda threads, settings: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        tune.tune(copied)
+    assert sorted(path.name for path in copied.iterdir()) == names
+
+
 def test_a_busy_machine_is_warned_of_and_kept_in_the_file(speeds, copied, monkeypatch):
     speeds(lambda threads, settings: (1.0, 0.1))
     monkeypatch.setattr(tune, "load_average", lambda: (1e6, 0.0, 0.0))

@@ -22,8 +22,7 @@ ODD = Settings(allow_spinning=False, dynamic_block_base=4, memory_pattern=True, 
 
 def put(copy, /, settings=ODD, threads=1, **key):
     entry = tuned.Entry(dataclasses.replace(tuned.key_of(copy), **key), threads, settings, "2026-11-21", {})
-    with tuned.writing(copy) as made:
-        tuned.put(entry, copy, made)
+    tuned.put(entry, copy)
     return entry
 
 
@@ -143,32 +142,30 @@ def test_a_newer_schema_is_ignored(copied):
 
 
 def test_a_link_is_refused_wherever_it_leads(copied):
-    entry = put(copied)
+    put(copied)
     (copied / tuned.TUNE_FILE).rename(copied.parent / "elsewhere.json")
     (copied / tuned.TUNE_FILE).symlink_to(copied.parent / "elsewhere.json")
-    with pytest.raises(UnsafeModelError, match="found a link"):
-        tfinfer.load(copied)
+    for refuses in (tfinfer.load, tuned.check_writable):
+        with pytest.raises(UnsafeModelError, match="found a link"):
+            refuses(copied)
     (copied / tuned.TUNE_FILE).unlink()
     os.mkfifo(copied / tuned.TUNE_FILE)  # reading it would wait for ever
     with pytest.raises(UnsafeModelError):
         tuned.read(copied)
-    assert entry.threads == 1
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_before_the_block_begins(copied, monkeypatch):
+def test_a_folder_that_cannot_be_written_says_what_to_do(copied, monkeypatch):
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("pathlib.Path.touch", refuse)
-    with pytest.raises(TargetError, match=r"Read-only file system.*copy"), tuned.writing(copied):
-        pytest.fail("the block began")
-
-
-def test_a_failure_while_measuring_leaves_the_folder_as_it_was(copied):
     entry = put(copied)
     names = sorted(os.listdir(copied))
-    with pytest.raises(RuntimeError), tuned.writing(copied):
-        raise RuntimeError
+    monkeypatch.setattr("pathlib.Path.touch", refuse)
+    with pytest.raises(TargetError, match=r"Read-only file system: tune a copy"):
+        tuned.check_writable(copied)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(TargetError, match=r"Read-only file system: tune a copy"):
+        tuned.put(dataclasses.replace(entry, threads=2), copied)
     assert sorted(os.listdir(copied)) == names
     assert tuned.find(copied) == entry
 

@@ -106,6 +106,9 @@ def compare(before: Path, after: Path, *, force: bool = False) -> Comparison:
             told.append(f"different {what}: {found}")
     if found := _listed(one["environment"], other["environment"], TOLD):
         told.append(f"also differs: {found}")
+    for path, data in ((before, one), (after, other)):
+        warnings = data.get("warnings")
+        told += [f"{path}: {warning}" for warning in (warnings if isinstance(warnings, list) else [])]
     return Comparison(tuple(_rows(before, one, after, other)), tuple(told))
 
 

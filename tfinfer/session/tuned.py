@@ -6,13 +6,12 @@ is computed. Nothing but a whole match of machine, onnxruntime and folder lets i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,35 +147,43 @@ def state(folder: Path) -> str:
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
-@contextmanager
-def writing(folder: Path) -> Iterator[Path]:
-    """A new file in the folder to write the tuning into, which takes its place when the block ends well.
-
-    It is there before the block begins, so that a folder that cannot be written costs no measuring. Raises TargetError.
-    """
-    made = folder / f".{TUNE_FILE}-{secrets.token_hex(4)}"
+def check_writable(folder: Path) -> None:
+    """Raises TargetError where no tuning can be written and UnsafeModelError for a link: nothing is measured in vain."""
+    with contextlib.suppress(CorruptModelError):  # it is replaced
+        read(folder)
+    made = _beside(folder)
     try:
         made.touch(exist_ok=False)
-        yield made
-        os.replace(made, folder / TUNE_FILE)
+        made.unlink()
     except OSError as error:
-        if isinstance(error, TargetError):
-            raise
-        mend = "tune a copy of the folder where it can be written"
-        raise TargetError(f"{folder / TUNE_FILE}: cannot be written: {error}; {mend}") from error
-    finally:
-        made.unlink(missing_ok=True)
+        raise _cannot(folder, error) from error
 
 
-def put(entry: Entry, folder: Path, made: Path) -> None:
-    """Write an entry, beside those of the same folder on other machines, into a file of `writing`."""
+def put(entry: Entry, folder: Path) -> None:
+    """Write an entry, whole or not at all, beside those of the same folder on other machines. Raises TargetError."""
     try:
         others = read(folder)
     except CorruptModelError:  # the new file is what mends it
         others = []
     kept = [other for other in others if other.key != entry.key and other.key.folder == entry.key.folder]
     data = {"schema": SCHEMA, "tunings": [dataclasses.asdict(one) for one in [entry, *kept][:MOST_ENTRIES]]}
-    with made.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text, made = json.dumps(data, indent=1, allow_nan=False) + "\n", _beside(folder)
+    try:
+        with made.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(made, folder / TUNE_FILE)
+    except OSError as error:
+        raise _cannot(folder, error) from error
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _beside(folder: Path) -> Path:
+    return folder / f".{TUNE_FILE}-{secrets.token_hex(4)}"
+
+
+def _cannot(folder: Path, error: OSError) -> TargetError:
+    why = error.strerror or str(error)
+    return TargetError(f"{folder / TUNE_FILE}: cannot be written: {why}: tune a copy of the folder where it can be")
