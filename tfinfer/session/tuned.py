@@ -148,7 +148,7 @@ def state(folder: Path) -> str:
 
 # -- writing ------------------------------------------------------------------------------------------------------
 def check_writable(folder: Path) -> None:
-    """Raises TargetError where no tuning can be written and UnsafeModelError for a link: nothing is measured in vain."""
+    """Raises TargetError where no tuning can be written, UnsafeModelError for a link: nothing is measured in vain."""
     with contextlib.suppress(CorruptModelError):  # it is replaced
         read(folder)
     made = _beside(folder)
