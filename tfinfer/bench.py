@@ -1,87 +1,54 @@
-"""Measures a folder on this machine: load, prefill, decode and the whole way, each apart, with all that explains them.
+"""Measures a folder on this machine: start, prefill, decode and the whole way, each apart, with all that explains them.
 
 Prefill and decode are calls of the decoder on a cache, without sampling and text; the whole way is `Model.stream`.
+Every sample is kept, so that `bench_compare` can set two measurements side by side.
 """
 
 from __future__ import annotations
 
 import datetime
-import gc
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tfinfer.errors import InputError, LengthError
+from tfinfer.errors import InputError
 from tfinfer.generating import GeneratingModel
 from tfinfer.integrity import check_files, sha256
-from tfinfer.manifest import FILE_NAME, load_manifest
+from tfinfer.manifest import FILE_NAME, Manifest, load_manifest
+from tfinfer.measure.busy import busy_warnings, load_average
+from tfinfer.measure.runs import Progress, measure_decoder, measure_stream, no_garbage_collection, timed
+from tfinfer.measure.starts import StartFailedError, measure
+from tfinfer.measure.traffic import traffic
+from tfinfer.measure.workload import Workload, plan
+from tfinfer.session.machine import cpu_model
 from tfinfer.session.ort import onnxruntime
 from tfinfer.version import __version__
 
-SCHEMA = 1
-PROMPT_LENGTH, NEW_TOKENS = 128, 64
-LEAST_NEW = 2  # the first one comes from prefill: a step needs a second
-BUSY = 0.5  # load average per processor from which other work is likely to be in the figures
-ENOUGH = {"p50": 1, "p90": 10, "p99": 100}  # samples below which a percentile is only the worst one
+SCHEMA = 2
+ENOUGH = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # samples below which a percentile is only the worst one
 DEFINITIONS = {
     "open": "from the manifest to a model that can generate: graph, weights and tokenizer; once, in a new process",
     "hash check": "reading every file for its SHA-256; the files are then in the page cache when the graph is opened",
     "prefill": "all prompts of the batch, one after the other, into an empty cache, until the last logits are there",
     "step": "one new token for every sequence of the batch: Decoder.step, without choosing the token",
     "end to end": "Model.stream with greedy choice, without stop ids, from the call to its last token",
-    "first token": "from the call of Model.stream to its first token of the first prompt",
+    "first token": "TTFT: from the call of Model.stream to its first token of the first prompt",
+    "per token": "TPOT: in each run, the time from the first token to the last over the steps between them",
+    "token gaps": "each time from one token of the first prompt to its next, as the caller of Model.stream sees it",
+    "start": "a new process from its call to its first token of a prompt of one: interpreter, imports, load, prefill",
+    "cold, warm": "with the folder's files dropped from the page cache before, and with them in it; libraries are warm",
+    "moved": "bytes a step reads: stored weights once (rows of tables looked up by id), the cache held halfway, states "
+    "twice; all experts of a mixture, so at most. Over the median step: the bandwidth it got",
+    "resident": "what the process holds in memory after load, and the most it ever held (VmRSS, VmHWM)",
     "tokens/s": "prefill: prompt tokens; decode and end to end: new tokens; all sequences of the batch together",
 }
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What is measured, and how often."""
-
-    prompt_length: int
-    new_tokens: int
-    batch: int
-    repeats: int
-    warmup: int
-
-
-def plan(
-    max_length: int,
-    *,
-    prompt_length: int | None = None,
-    new_tokens: int | None = None,
-    batch: int = 1,
-    repeats: int = 5,
-    warmup: int = 1,
-) -> Workload:
-    """The workload that fits; None is a length that may shrink. Raises InputError or LengthError for what was asked."""
-    for name, value, least in (
-        ("prompt_length", prompt_length, 1),
-        ("new_tokens", new_tokens, LEAST_NEW),
-        ("batch", batch, 1),
-        ("repeats", repeats, 1),
-        ("warmup", warmup, 0),
-    ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise InputError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-    if new_tokens is None:
-        room = max_length - (prompt_length or min(PROMPT_LENGTH, 2 * max_length // 3))
-        new_tokens = max(LEAST_NEW, min(NEW_TOKENS, room))
-    if prompt_length is None:
-        prompt_length = max(1, min(PROMPT_LENGTH, max_length - new_tokens))
-    if prompt_length + new_tokens > max_length:
-        both = f"a prompt of {prompt_length} tokens and {new_tokens} new ones"
-        raise LengthError(f"{both} would pass the model's longest length, {max_length}")
-    return Workload(prompt_length, new_tokens, batch, repeats, warmup)
 
 
 def run(
@@ -89,41 +56,65 @@ def run(
     *,
     device: str = "cpu",
     threads: int | None = None,
+    starts: int = 0,
     command_line: str = "",
     progress: Progress = lambda stage: None,
     **asked: Any,
 ) -> dict[str, Any]:
-    """Measure a folder; `asked` are the arguments of `plan`. Returns plain values, all times in seconds."""
+    """Measure a folder; `asked` are the arguments of `plan`. Returns plain values, all times in seconds.
+
+    starts: how many new processes are started, cold and warm each.
+    """
     path = Path(folder)
     manifest = load_manifest(path)
     if manifest.kind != "decoder":
         raise InputError(f"{path}: bench measures decoders; this is an {manifest.kind}")
     work = plan(manifest.max_length, **asked)
+    if starts < 0:
+        raise InputError(f"starts: expected a whole number of at least 0, got {starts}")
     progress("load")
-    busy = _load_average()
-    check, import_seconds = _timed(lambda: check_files(path, manifest)), _timed(onnxruntime)
+    busy = load_average()
+    check, import_seconds = timed(lambda: check_files(path, manifest)), timed(onnxruntime)
+    started_new, failure = _measure_starts(path, manifest, device, threads, starts, progress)
     started = time.perf_counter()
     with GeneratingModel(manifest, path, device=device, threads=threads) as model:
         opened = time.perf_counter() - started
         resident = _status("VmRSS")
         vocabulary = min(manifest.vocab_size, manifest.num_logits)
         prompts = np.random.default_rng(0).integers(0, vocabulary, (work.batch, work.prompt_length))
-        with _no_garbage_collection():
-            prefill, steps, cache_bytes = _measure_decoder(model, prompts, work, progress)
-            whole, firsts = _measure_stream(model, prompts, work, progress)
+        with no_garbage_collection():
+            prefill, steps, cache_bytes = measure_decoder(model, prompts, work, progress)
+            whole, firsts, gaps = measure_stream(model, prompts, work, progress)
         environment = _environment(model, path) | {"load_average": busy, "command_line": command_line}
+    per_token = [(end - first) / (work.new_tokens - 1) for end, first in zip(whole, firsts)]
+    halfway = work.prompt_length + work.new_tokens // 2
+    moved = traffic(manifest, path, batch=work.batch, length=halfway)
     return {
         "schema": SCHEMA,
         "workload": asdict(work),
         "load": {"import_seconds": import_seconds, "hash_check_seconds": check, "open_seconds": opened},
+        "starts": started_new,
         "prefill": _figures(prefill, prompts.size),
         "decode": _figures(steps, work.batch),
+        "first_token": _times(firsts),
+        "per_token": _times(per_token),
+        "between_tokens": _times(gaps),
         "end_to_end": _figures(whole, work.batch * work.new_tokens) | {"first_token_seconds": summary(firsts)},
         "memory": {"rss_after_load": resident, "rss_peak": _status("VmHWM"), "cache_bytes": cache_bytes},
+        "moved": {
+            "weight_bytes_per_step": moved.weights,
+            "cache_bytes_per_step": moved.cache,
+            "bytes_per_token": moved.step // work.batch,
+            "bytes_per_second": moved.step / float(np.median(steps)),
+        },
         "environment": environment,
         "definitions": DEFINITIONS,
-        "warnings": _warnings(busy),
+        "warnings": busy_warnings(busy) + failure,
     }
+
+
+def _times(samples: Sequence[float]) -> dict[str, Any]:
+    return {"seconds": summary(samples), "samples": samples}
 
 
 def _figures(samples: Sequence[float], tokens: int) -> dict[str, Any]:
@@ -142,77 +133,26 @@ def summary(samples: Sequence[float]) -> dict[str, float | None]:
     return found | {"mean": float(values.mean()), "std": float(values.std())} | ends
 
 
-# -- measuring ----------------------------------------------------------------------------------------------------
-def _timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A collection would fall into one of the steps."""
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
+def _measure_starts(
+    folder: Path, manifest: Manifest, device: str, threads: int | None, starts: int, progress: Progress
+) -> tuple[dict[str, Any], list[str]]:
+    """Starts of new processes, and a warning where they fail; before this process maps the files itself."""
+    if starts == 0:
+        return {"cold": [], "warm": []}, []
+    progress("start in new processes")
     try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _measure_decoder(
-    model: GeneratingModel, prompts: Any, work: Workload, progress: Progress
-) -> tuple[list[float], list[float], int]:
-    """Seconds of every prefill and of every step, and the bytes of the cache."""
-    decoder = model.decoder
-    cache = decoder.open_cache(work.batch, work.prompt_length + work.new_tokens)
-    ids = np.ascontiguousarray(prompts[:, 0])
-    prefill: list[float] = []
-    steps: list[float] = []
-    try:
-        for turn in range(work.warmup + work.repeats):
-            progress(f"prefill and decode: round {turn + 1} of {work.warmup + work.repeats}")
-            slots = [cache.acquire() for _ in range(work.batch)]
-            times = [_timed(lambda: [decoder.prefill(cache, slot, row) for slot, row in zip(slots, prompts)])]  # noqa: B023
-            times += [_timed(lambda: decoder.step(cache, slots, ids)) for _ in range(work.new_tokens - 1)]  # noqa: B023
-            if turn >= work.warmup:
-                prefill.append(times[0])
-                steps += times[1:]
-            cache.reset()
-        return prefill, steps, cache.nbytes
-    finally:
-        cache.close()
-
-
-def _measure_stream(
-    model: GeneratingModel, prompts: Any, work: Workload, progress: Progress
-) -> tuple[list[float], list[float]]:
-    """Seconds of every whole run of the public loop, and of the first token in each."""
-    rows = [row.tolist() for row in prompts]
-    whole: list[float] = []
-    firsts: list[float] = []
-    for turn in range(work.warmup + work.repeats):
-        progress(f"end to end: round {turn + 1} of {work.warmup + work.repeats}")
-        started = time.perf_counter()
-        stream = model.stream(rows, max_tokens=work.new_tokens, stop_ids=[])
-        next(stream)
-        first = time.perf_counter() - started
-        for _ in stream:
-            pass
-        if turn >= work.warmup:
-            whole.append(time.perf_counter() - started)
-            firsts.append(first)
-    return whole, firsts
+        return measure(folder, [FILE_NAME, *manifest.files], device, threads, starts), []
+    except (StartFailedError, OSError) as error:
+        return {"cold": [], "warm": []}, [f"no start was measured, a new process failed: {error}"]
 
 
 # -- what explains the figures ------------------------------------------------------------------------------------
 def _environment(model: GeneratingModel, folder: Path) -> dict[str, Any]:
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": asdict(model.threads),
+        "settings": asdict(model.decoder.settings),
         "device": model.device,
         "device_reason": model.reason,
         "onnxruntime": str(onnxruntime().__version__),
@@ -228,29 +168,6 @@ def _environment(model: GeneratingModel, folder: Path) -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _load_average() -> tuple[float, float, float] | None:
-    try:
-        return os.getloadavg()
-    except (AttributeError, OSError):
-        return None
-
-
-def _warnings(busy: tuple[float, float, float] | None) -> list[str]:
-    cores = os.cpu_count() or 1
-    if busy is None or busy[0] <= BUSY * cores:
-        return []
-    return [f"the load average was {busy[0]:.2f} on {cores} processors before it began: other work is in these figures"]
-
-
 def _status(name: str) -> int | None:
     """A figure of this process's memory in bytes, None where the system does not say."""
     if sys.platform != "linux":
@@ -261,3 +178,6 @@ def _status(name: str) -> int | None:
         return None
     found = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
     return next((int(kib) * 1024 for kib in found), None)
+
+
+__all__ = ["Workload", "plan", "run", "summary"]

@@ -1,6 +1,7 @@
 """Examines the installation: what is there, what really opens, and what to do about what does not.
 
-Knows nothing of model folders. Packages of the export half are looked for without being imported.
+Of a model folder it asks alone whether its tuning applies. Packages of the export half are looked for without being
+imported.
 """
 
 import os
@@ -103,6 +104,15 @@ def examine(root: Path = Path("/")) -> Report:
         cpu_flags=_cpu_flags(root),
         problems=tuple(problem for problem in problems if problem),
     )
+
+
+def tuning(folder: Path) -> str:
+    """Whether what `tfinfer tune` measured for a folder applies here. Raises ModelError for what is no such folder."""
+    from tfinfer.manifest import load_manifest
+    from tfinfer.session import tuned
+
+    load_manifest(folder)
+    return tuned.state(folder)
 
 
 def _telemetry() -> str:

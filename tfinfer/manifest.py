@@ -344,10 +344,10 @@ def load_manifest(folder: Path) -> Manifest:
         raise IncompatibleModelError(
             f"{path}: format {version} is newer than this tfinfer reads ({FORMAT_VERSION}): upgrade tfinfer"
         )
-    return typing.cast(Manifest, _read(Manifest, data, FILE_NAME))
+    return typing.cast(Manifest, read_as(Manifest, data, FILE_NAME))
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def read_as(kind: Any, value: Any, where: str) -> Any:
     """`value` as the type `kind`; unknown keys, missing keys and wrong types are errors that say where."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -355,13 +355,13 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _read_object(kind, value, where)
     if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(read_as(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {str(key): _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): read_as(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
             if value is not None and dataclasses.is_dataclass(option):
-                return _read(option, value, where)
+                return read_as(option, value, where)
             if (value is None) == (option is type(None)) and (value is None or isinstance(value, option)):
                 return value
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -386,4 +386,4 @@ def _read_object(kind: Any, value: Any, where: str) -> Any:
     }
     if missing := sorted(required - set(value)):
         raise ManifestError(f"{where}: missing keys {', '.join(missing)}")
-    return kind(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    return kind(**{name: read_as(hints[name], item, f"{where}.{name}") for name, item in value.items()})

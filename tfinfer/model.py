@@ -16,13 +16,13 @@ from tfinfer.errors import ClosedError, CorruptModelError, InputError
 from tfinfer.integrity import check_files
 from tfinfer.manifest import Manifest, load_manifest
 from tfinfer.session.threads import Threads
-from tfinfer.tokens.chat import ChatTemplate
 from tfinfer.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tfinfer.attention.maps import AttentionMap
     from tfinfer.attention.reading import AttentionReader
     from tfinfer.completion import Chunk
+    from tfinfer.tokens.chat import ChatTemplate
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -87,6 +87,8 @@ class Model:
         text = self.manifest.text
         if text.chat_template is None:
             return None
+        from tfinfer.tokens.chat import ChatTemplate  # brings jinja2, a tenth of the start of a small model
+
         return ChatTemplate((folder / text.chat_template).read_text(encoding="utf-8"), text.special_tokens)
 
     def _read_generation_config(self, folder: Path) -> dict[str, Any]:

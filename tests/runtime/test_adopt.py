@@ -183,7 +183,9 @@ def test_it_verifies_inspects_and_benches(foreign):
     inspected = run(cli, ["inspect", str(foreign), "--check"]).output
     assert "concatenated" in inspected
     assert "adopted" in inspected
-    measured = run(cli, ["bench", str(foreign), "--new-tokens", "4", "--repeats", "1", "--json"]).output
+    measured = run(
+        cli, ["bench", str(foreign), "--new-tokens", "4", "--repeats", "1", "--starts", "0", "--json"]
+    ).output
     assert json.loads(measured)["memory"]["cache_bytes"] > 0
 
 

@@ -21,7 +21,7 @@ from tfinfer.errors import InputError, LengthError
 from tfinfer.manifest import load_manifest
 from tfinfer.proof import compare
 
-ON_FOLDERS = ("generate", "verify", "inspect", "bench")
+ON_FOLDERS = ("generate", "verify", "inspect", "bench", "tune")
 
 
 def run(*arguments: object, **extra: object) -> Result:
@@ -335,7 +335,7 @@ def test_a_failed_verification_is_exit_4(tiny: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(result.stdout)["passed"] is False
 
 
-SHORT = ("--prompt-length", 4, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1)
+SHORT = ("--prompt-length", 4, "--new-tokens", 3, "--repeats", 2, "--warmup", 0, "--threads", 1, "--starts", 0)
 
 
 def test_bench_measures_each_phase_apart(tiny: Path) -> None:
@@ -354,11 +354,21 @@ def test_bench_measures_each_phase_apart(tiny: Path) -> None:
 
 def test_bench_prints_definitions_and_environment(tiny: Path) -> None:
     shown = run_ok("bench", tiny, *SHORT)
-    for said in ("prefill", "decode", "first token", "tokens/s", "resident", "onnxruntime", "definitions", "manifest"):
+    for said in (
+        "prefill",
+        "decode",
+        "first token",
+        "token gaps",
+        "tokens/s",
+        "resident",
+        "moved",
+        "onnxruntime",
+        "manifest",
+    ):
         assert said in shown
 
 
-@pytest.mark.parametrize("given", [["--prompt-length", 99999], ["--new-tokens", 1], ["--repeats", 0], ["--batch", 0]])
+@pytest.mark.parametrize("given", [["--prompt-length", 99999], ["--new-tokens", 1], ["--repeats", 0], ["--starts", -1]])
 def test_bench_refuses_what_does_not_fit(tiny: Path, given: list[object]) -> None:
     run_bad(2, "bench", tiny, *given)
 
@@ -375,9 +385,9 @@ def test_a_plan_shrinks_only_what_was_not_asked_for() -> None:
 
 
 def test_a_busy_machine_is_warned_of(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_load_average", lambda: (1e6, 0.0, 0.0))
+    monkeypatch.setattr(bench, "load_average", lambda: (1e6, 0.0, 0.0))
     assert "warning: the load average" in run("bench", tiny, *SHORT).stderr
-    monkeypatch.setattr(bench, "_load_average", lambda: None)
+    monkeypatch.setattr(bench, "load_average", lambda: None)
     assert "warning" not in run("bench", tiny, *SHORT).stderr
 
 

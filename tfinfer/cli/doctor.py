@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,21 +18,22 @@ FAILED = 4
 
 
 @click.command("doctor")
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @options.common
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
+def command(ctx: click.Context, folder: Path | None, as_json: bool) -> None:
     """Examine the installation.
 
-    Which onnxruntime is there, which devices really open, how many threads and why. Exits 4 when something needs
-    mending.
+    Which onnxruntime is there, which devices really open, how many threads and why; of a model's folder, whether what
+    `tfinfer tune` measured applies here. Exits 4 when something needs mending.
     """
-    from tfinfer.doctor import examine
+    from tfinfer.doctor import examine, tuning
 
-    report = examine()
+    report, found = examine(), tuning(folder) if folder else None
     if as_json:
-        say_json(report.to_dict())
+        say_json(report.to_dict() | ({"tuning": found} if found else {}))
     else:
-        table(_rows(report))
+        table([*_rows(report), *([("tuning", f"{folder}: {found}")] if found else [])])
         for problem in report.problems:
             say(f"problem: {problem}")
         if not report.problems:

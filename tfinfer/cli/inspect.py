@@ -32,17 +32,31 @@ def command(folder: Path, check: bool, nodes: bool, as_json: bool) -> None:
     """
     from tfinfer.integrity import check_files
     from tfinfer.manifest import load_manifest
+    from tfinfer.session import tuned
 
     manifest = load_manifest(folder)
     if check:
         check_files(folder, manifest)
+        tuned.read(folder)
     if as_json:
         sizes = {"cache": memory_sizes(manifest), "file_bytes": _file_bytes(manifest), "checked": check}
-        say_json({"folder": str(folder), **sizes, "manifest": dataclasses.asdict(manifest)})
+        say_json({"folder": str(folder), **sizes, "tuning": _tuning(folder), "manifest": dataclasses.asdict(manifest)})
         return
-    table([("folder", str(folder)), *_rows(manifest), *(_node_rows(manifest) if nodes else ())])
+    rows = [*_rows(manifest), ("tuning", _tuning(folder)), *(_node_rows(manifest) if nodes else ())]
+    table([("folder", str(folder)), *rows])
     if check:
         table([("checked", f"{many(len(manifest.files), 'file')} as they were exported")])
+
+
+def _tuning(folder: Path) -> str:
+    """Whether what `tfinfer tune` measured applies here; what is damaged is told, for the rest can still be shown."""
+    from tfinfer.errors import ModelError
+    from tfinfer.session import tuned
+
+    try:
+        return tuned.state(folder)
+    except ModelError as error:
+        return f"cannot be used: {error}"
 
 
 def memory_sizes(manifest: Manifest) -> dict[str, int]:

@@ -31,7 +31,8 @@ COMMANDS = {
     "attention": "Show what attends to what.",
     "verify": "Let a folder prove itself against its golden file.",
     "inspect": "Show what is in a folder.",
-    "bench": "Measure load, prefill and decode.",
+    "bench": "Measure start, prefill and decode; compare two measurements.",
+    "tune": "Measure what is fastest here, and keep it.",
     "doctor": "Examine the installation.",
 }
 USAGE, INTERNAL, INTERRUPTED = 2, 1, 130

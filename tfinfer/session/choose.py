@@ -8,12 +8,15 @@ from tfinfer.manifest import Manifest
 from tfinfer.session.concat import ConcatDecoder
 from tfinfer.session.decoder import Decoder
 from tfinfer.session.encoder_decoder import EncoderDecoder
+from tfinfer.session.settings import OnCpu
 
 
-def open_decoder(manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> Decoder:
+def open_decoder(
+    manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None, how: OnCpu | None = None
+) -> Decoder:
     """Open what generates. Raises as `tfinfer.load`."""
     if manifest.kind == "encoder-decoder":
-        return EncoderDecoder(manifest, folder, device=device, threads=threads)
+        return EncoderDecoder(manifest, folder, device=device, threads=threads, how=how)
     if manifest.cache_mode == "concatenated":
-        return ConcatDecoder(manifest, folder, device=device, threads=threads)
-    return Decoder(manifest, folder, device=device, threads=threads)
+        return ConcatDecoder(manifest, folder, device=device, threads=threads, how=how)
+    return Decoder(manifest, folder, device=device, threads=threads, how=how)

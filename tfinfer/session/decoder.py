@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError, ProviderError
 from tfinfer.manifest import Manifest
+from tfinfer.session import tuned
 from tfinfer.session.cache import Cache
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
 from tfinfer.session.providers import listed_providers, open_session
+from tfinfer.session.settings import OnCpu
 from tfinfer.session.threads import thread_count
 
 Logits = npt.NDArray[np.float32]
@@ -35,13 +37,25 @@ class Decoder:
     Several threads may use one Decoder at once, each with a cache of its own: the session keeps no state of a call.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        how: OnCpu | None = None,
+    ) -> None:
+        """Open it. how: threads and switches on the CPU; by default what the folder's tuning or `threads` says."""
         check_runtime(manifest)
         assert manifest.roles is not None, "the manifest has no decoder"
         self.manifest, self.roles = manifest, manifest.roles
         device, why_not = without_cuda(manifest, device)
-        opened = open_session(folder / manifest.graphs["decoder"].file, device=device, threads=thread_count(threads))
+        on_cpu = how if how is not None else tuned.on_cpu(folder, device, threads)
+        path, count = folder / manifest.graphs["decoder"].file, thread_count(threads)
+        opened = open_session(path, device=device, threads=count, on_cpu=on_cpu)
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
+        self.settings = opened.settings
         self._session: Any = opened.session
         self._check_signature()
         self.memory: HostMemory | CudaMemory = CudaMemory() if self.device == "cuda" else HostMemory()

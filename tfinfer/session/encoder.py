@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError
 from tfinfer.manifest import EncoderRoles, Manifest
+from tfinfer.session import tuned
 from tfinfer.session.decoder import check_runtime, without_cuda
 from tfinfer.session.failures import translated
 from tfinfer.session.feeds import complete
 from tfinfer.session.providers import open_session
+from tfinfer.session.settings import OnCpu
 from tfinfer.session.threads import thread_count
 
 Array = npt.NDArray[Any]
@@ -34,15 +36,26 @@ _ORT_TYPES = {
 class Encoder:
     """The graph "encoder" of a folder, opened on one device. Several threads may use it at once."""
 
-    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        how: OnCpu | None = None,
+    ) -> None:
+        """Open it. how: threads and switches on the CPU; by default what the folder's tuning or `threads` says."""
         check_runtime(manifest)
         self.roles = manifest.encoder or EncoderRoles()
         self.manifest, self.graph = manifest, manifest.graphs["encoder"]
         self.vocab_size = manifest.source_vocab_size or manifest.vocab_size
         self.max_length = manifest.max_source_length or manifest.max_length
         device, why_not = without_cuda(manifest, device)
-        opened = open_session(folder / self.graph.file, device=device, threads=thread_count(threads))
+        on_cpu = how if how is not None else tuned.on_cpu(folder, device, threads)
+        opened = open_session(folder / self.graph.file, device=device, threads=thread_count(threads), on_cpu=on_cpu)
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
+        self.settings = opened.settings
         self._session: Any = opened.session
         self._check_signature()
 

@@ -19,6 +19,7 @@ from tfinfer.session.decoder import Decoder, Ids, Logits, checked_ids
 from tfinfer.session.encoder import Encoder
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, Buffer
+from tfinfer.session.settings import OnCpu
 
 
 class EncoderDecoder(Decoder):
@@ -27,9 +28,17 @@ class EncoderDecoder(Decoder):
     Several threads may use one EncoderDecoder at once, each with a cache of its own.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
-        super().__init__(manifest, folder, device=device, threads=threads)
-        self.encoder = Encoder(manifest, folder, device=self.device, threads=threads)
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        how: OnCpu | None = None,
+    ) -> None:
+        super().__init__(manifest, folder, device=device, threads=threads, how=how)
+        self.encoder = Encoder(manifest, folder, device=self.device, threads=threads, how=how)
         self.encoder.check_takes_texts()
         outputs = {(output.name, output.dtype) for output in self.encoder.graph.outputs}
         if missing := [spec.name for spec in self.cross if (spec.name, spec.dtype) not in outputs]:

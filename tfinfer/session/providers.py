@@ -27,6 +27,7 @@ from tfinfer.errors import (
     UnsafeModelError,
 )
 from tfinfer.session.ort import INSTALL_GPU, installed_wheels, onnxruntime, reinstall
+from tfinfer.session.settings import DEFAULTS, OnCpu, Settings
 from tfinfer.session.threads import Threads
 
 DEVICES = ("cpu", "cuda", "auto")
@@ -57,10 +58,17 @@ class Opened:
     device: Literal["cpu", "cuda"]
     threads: Threads
     reason: str
+    settings: Settings = DEFAULTS
 
 
 def open_session(
-    model: str | PathLike[str] | bytes, *, device: str, threads: Threads, device_id: int = 0, tf32: bool = False
+    model: str | PathLike[str] | bytes,
+    *,
+    device: str,
+    threads: Threads,
+    on_cpu: OnCpu | None = None,
+    device_id: int = 0,
+    tf32: bool = False,
 ) -> Opened:
     """Open a graph.
 
@@ -68,6 +76,7 @@ def open_session(
         model: path of the ONNX file, or its bytes where the weights are inside.
         device: `cpu`; `cuda`, which raises where CUDA does not really open; or `auto`, which then takes the CPU.
         threads: how many compute on the CPU.
+        on_cpu: threads and switches that take their place where it opens on the CPU: what was measured there.
         device_id: number of the CUDA device.
         tf32: let CUDA round the inputs of fp32 products to 10 bits: faster, and no longer what PyTorch computes.
 
@@ -78,9 +87,9 @@ def open_session(
     """
     if device not in DEVICES:
         raise InputError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
-    ort = onnxruntime()
+    ort, on_cpu = onnxruntime(), on_cpu or OnCpu(threads)
     if device == "cpu":
-        return Opened(_open_cpu(ort, model, threads), "cpu", threads, "cpu: asked for")
+        return _open_cpu(ort, model, on_cpu, "cpu: asked for")
     try:
         session = _open_cuda(ort, model, threads, {"device_id": device_id, "use_tf32": int(tf32)})
     except (ProviderError, IncompatibleModelError) as refusal:
@@ -90,11 +99,24 @@ def open_session(
     else:
         why = "asked for" if device == "cuda" else "it opened"
         return Opened(session, "cuda", threads, f"cuda: {why}")
-    return Opened(_open_cpu(ort, model, threads), "cpu", threads, reason)
+    return _open_cpu(ort, model, on_cpu, reason)
 
 
-def _open_cpu(ort: ModuleType, model: str | PathLike[str] | bytes, threads: Threads) -> Any:
-    return _open(ort, model, threads, [_CPU], "cpu")
+def _open_cpu(ort: ModuleType, model: str | PathLike[str] | bytes, how: OnCpu, reason: str) -> Opened:
+    if how.settings.denormal_as_zero:
+        _keep_float_mode(ort)
+    session = _open(ort, model, how.threads, [_CPU], "cpu", how.settings)
+    return Opened(session, "cpu", how.threads, reason, how.settings)
+
+
+def _keep_float_mode(ort: ModuleType) -> None:
+    """The first session of a process decides whether denormals are zero in its caller's thread, for numpy too.
+
+    So one that keeps them comes first; the next ones change their own threads alone.
+    """
+    from tfinfer.session.probe import addition_graph
+
+    ort.InferenceSession(addition_graph(), providers=[_CPU])
 
 
 def _open_cuda(ort: ModuleType, model: str | PathLike[str] | bytes, threads: Threads, chosen: dict[str, int]) -> Any:
@@ -122,13 +144,18 @@ def listed_providers(ort: ModuleType) -> tuple[str, ...]:
 
 
 def _open(
-    ort: ModuleType, model: str | PathLike[str] | bytes, threads: Threads, providers: list[Any], device: str
+    ort: ModuleType,
+    model: str | PathLike[str] | bytes,
+    threads: Threads,
+    providers: list[Any],
+    device: str,
+    settings: Settings = DEFAULTS,
 ) -> Any:
     try:
         # Fallback off: it would print to stdout and go on without the provider.
         return ort.InferenceSession(
             model if isinstance(model, bytes) else fspath(model),
-            sess_options=_options(ort, threads, device),
+            sess_options=_options(ort, threads, device, settings),
             providers=providers,
             enable_fallback=0,
         )
@@ -139,7 +166,7 @@ def _open(
         raise error from cause
 
 
-def _options(ort: ModuleType, threads: Threads, device: str) -> Any:
+def _options(ort: ModuleType, threads: Threads, device: str, settings: Settings = DEFAULTS) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads.count
     options.inter_op_num_threads = 1
@@ -147,7 +174,7 @@ def _options(ort: ModuleType, threads: Threads, device: str) -> Any:
     options.add_session_config_entry("session.load_model_format", "ONNX")  # not what the file's name ends in
     if device == "cpu":
         options.add_session_config_entry("optimization.disable_specified_optimizers", SLOWER_FUSED)
-    options.enable_mem_pattern = False  # keyed by shapes and never evicted: it only grows where lengths vary
+    settings.put_into(options)
     return options
 
 
