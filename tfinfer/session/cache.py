@@ -17,6 +17,7 @@ from tfinfer.manifest import CacheSpec, StateSpec
 from tfinfer.session.cross import Sources
 from tfinfer.session.fixed import FixedRows
 from tfinfer.session.memory import Buffer, CudaMemory, HostMemory
+from tfinfer.session.positions import PositionRows
 
 BLOCK = 64  # capacities are multiples of this, so that a cache that was released fits the next call
 
@@ -62,8 +63,8 @@ class Cache:
         self.specs, self.memory, self.longest = specs, memory, longest
         self.window = window
         self.most = longest if window is None else min(longest, _rounded(window + slack(window)))  # the widest buffers
-        self.slots, self.capacity = slots, min(_rounded(capacity), self.most)
-        self.buffers = [self._allocate(spec, slots, self.capacity) for spec in specs]
+        self.slots = slots
+        self.positions = PositionRows(specs, memory, slots, min(_rounded(capacity), self.most))
         self.states = FixedRows(memory, slots, [state.shape for state in states], [state.dtype for state in states])
         self.sources = sources
         self.lengths, self.dropped = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
@@ -76,14 +77,21 @@ class Cache:
         self.moved = 0  # bytes copied from row to row so far; growing is not counted
         self.closed = False
 
-    def _allocate(self, spec: CacheSpec, slots: int, capacity: int) -> Buffer:
-        return self.memory.allocate((slots, spec.num_kv_heads, capacity, spec.head_dim), spec.dtype)
+    @property
+    def buffers(self) -> list[Buffer]:
+        """(slots, num_kv_heads, capacity, head_dim) each."""
+        return self.positions.buffers
+
+    @property
+    def capacity(self) -> int:
+        """How many positions of a slot the buffers have room for."""
+        return self.positions.capacity
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         sources = self.sources.nbytes if self.sources else 0
-        return sum(buffer.nbytes for buffer in self.buffers) + self.states.nbytes + sources
+        return self.positions.nbytes + self.states.nbytes + sources
 
     @property
     def live(self) -> list[int]:
@@ -248,13 +256,7 @@ class Cache:
     def _drop(self, row: int, kept: int) -> None:
         """Move the last `kept` positions of a row to its front, over what lies behind the window."""
         gone = int(self.lengths[row] - self.dropped[row]) - kept
-        for spec, buffer in zip(self.specs, self.buffers):
-            head = buffer.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
-            place, width = head // self.capacity, kept * (head // self.capacity)
-            first = buffer.pointer + row * head * spec.num_kv_heads
-            spare = self._allocate(spec, 1, kept)  # the two places may overlap
-            self.memory.copy_2d(spare.pointer, width, first + gone * place, head, width, spec.num_kv_heads)
-            self.memory.copy_2d(first, head, spare.pointer, width, width, spec.num_kv_heads)
+        self.positions.shift(row, gone, kept)
         self.dropped[row] += gone
 
     def grow(self, capacity: int) -> None:
@@ -266,14 +268,7 @@ class Cache:
         capacity = min(_rounded(capacity), self.most)
         if capacity <= self.capacity:
             return
-        grown = []
-        for spec, old in zip(self.specs, self.buffers):
-            new = self._allocate(spec, self.slots, capacity)
-            width = old.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
-            pitch = new.nbytes // (self.slots * spec.num_kv_heads)
-            self.memory.copy_2d(new.pointer, pitch, old.pointer, width, width, self.slots * spec.num_kv_heads)
-            grown.append(new)
-        self.buffers, self.capacity = grown, capacity
+        self.positions.widen(capacity)
         self.generation += 1
 
     # -- rows ---------------------------------------------------------------------------------------------------
@@ -307,32 +302,13 @@ class Cache:
             counts[[source, target]] = counts[[target, source]]
 
     def _copy_row(self, source: int, target: int, start: int, end: int) -> None:
-        for spec, buffer in zip(self.specs, self.buffers):
-            self.moved += self._copy_entry(spec, buffer, source, target, start, end)
+        self.moved += self.positions.copy(source, target, start, end)
         self.moved += self.states.copy(source, target)
         if self.sources is not None:
             self.moved += self.sources.copy(source, target)
 
-    def _copy_entry(self, spec: CacheSpec, buffer: Buffer, source: int, target: int, start: int, end: int) -> int:
-        """Copy what one entry holds at these places of its buffer to another row; returns how many bytes that was.
-
-        This alone knows where a position lies.
-        """
-        head = buffer.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
-        row, position = head * spec.num_kv_heads, head // self.capacity
-        first, width = buffer.pointer + start * position, (end - start) * position
-        self.memory.copy_2d(first + target * row, head, first + source * row, head, width, spec.num_kv_heads)
-        return width * spec.num_kv_heads
-
     def _swap_rows(self, one: int, other: int) -> None:
-        for spec, buffer in zip(self.specs, self.buffers):
-            size = buffer.nbytes // self.slots
-            spare = self._allocate(spec, 1, self.capacity)
-            self.memory.copy(spare, 0, buffer, one * size, size)
-            self.memory.copy(buffer, one * size, buffer, other * size, size)
-            self.memory.copy(buffer, other * size, spare, 0, size)
-            self.moved += 3 * size
-        self.moved += self.states.swap(one, other)
+        self.moved += self.positions.swap(one, other) + self.states.swap(one, other)
         if self.sources is not None:
             self.moved += self.sources.swap(one, other)
 
@@ -340,7 +316,7 @@ class Cache:
         """The address of `row` in every buffer."""
         if self.closed:
             raise ClosedError("the cache was closed: open another one")
-        return [buffer.pointer + row * (buffer.nbytes // self.slots) for buffer in self.buffers]
+        return self.positions.pointers(row)
 
     def reset(self) -> None:
         """Give every slot back; the buffers stay."""
@@ -350,7 +326,8 @@ class Cache:
     def close(self) -> None:
         """Let the memory go."""
         self.reset()
-        self.closed, self.buffers, self.bound, self.sources = True, [], None, None
+        self.closed, self.bound, self.sources = True, None, None
+        self.positions.buffers.clear()
         self.states.buffers.clear()
 
 
