@@ -9,12 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tfinfer.manifest import CacheSpec
+from tfinfer.session.fixed import Bytes
 from tfinfer.session.memory import Buffer, CudaMemory, HostMemory
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class PositionRows:
