@@ -196,7 +196,7 @@ def _measure_stream(
     for turn in range(work.warmup + work.repeats):
         progress(f"end to end: round {turn + 1} of {work.warmup + work.repeats}")
         started = time.perf_counter()
-        stream = model.stream(rows, max_tokens=work.new_tokens, stop_ids=[])
+        stream = model.stream(rows, max_tokens=work.new_tokens, stop_ids=[], reuse_prefix=False)
         next(stream)
         first = time.perf_counter() - started
         for _ in stream:

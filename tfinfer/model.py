@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tfinfer.attention.maps import AttentionMap
     from tfinfer.attention.reading import AttentionReader
     from tfinfer.completion import Chunk
+    from tfinfer.conversation import Conversation
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -184,6 +185,10 @@ class Model:
     def stream(self, prompt: Any, **options: Any) -> Iterator[Chunk]:
         """See `GeneratingModel.stream`."""
         self._cannot("generate")
+
+    def conversation(self, path: str | os.PathLike[str] | None = None) -> Conversation:
+        """See `GeneratingModel.conversation`."""
+        self._cannot("hold a conversation")
 
     def encode(self, texts: Any, **options: Any) -> Any:
         """See `EncodingModel.encode`."""

@@ -152,7 +152,8 @@ def _stats_line(model: Model, load: float, last: Any) -> str:
     usage, timings, threads = last.usage, last.timings, many(model.threads.count, "thread")
     later = usage.completion_tokens - 1
     speed = f", {later / timings.decode_seconds:.1f} tokens/s after it" if later > 0 and timings.decode_seconds else ""
-    tokens = f"{many(usage.prompt_tokens, 'token')} in, {many(usage.completion_tokens, 'token')} out"
+    reused = f" ({usage.reused_tokens} reused)" if usage.reused_tokens else ""
+    tokens = f"{many(usage.prompt_tokens, 'token')} in{reused}, {many(usage.completion_tokens, 'token')} out"
     first = "first token" if getattr(last, "score", None) is None else "beam search"  # which has no first token
     return (
         f"{tokens} ({last.finish_reason}); load {duration(load)}, "
