@@ -181,7 +181,8 @@ class Conversation:
         if cache is None:
             return NOTHING
         cache.rewind(slot, cache.reachable(slot, common(cache.ids[slot], self._ids)))
-        return cache.contents(slot) if cache.length(slot) else NOTHING
+        contents: Contents = cache.contents(slot)
+        return contents
 
     # -- life ---------------------------------------------------------------------------------------------------
     def close(self) -> None:

@@ -47,7 +47,7 @@ def write_snapshot(path: Path, manifest: Manifest, ids: Sequence[int], contents:
     header = json.dumps(head).encode()
     digest = hashlib.sha256()
     made = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
-    arrays = [np.ascontiguousarray(array) for array in (*contents.positions, *contents.states)]
+    arrays = (*contents.positions, *contents.states) if contents.ids else ()
     try:
         with made.open("xb") as file:
             for part in (MARK, len(header).to_bytes(LENGTH, "little"), header, *(a.tobytes() for a in arrays)):
