@@ -1,5 +1,7 @@
 """What earlier calls computed of a prompt is not computed again, and the tokens stay the same."""
 
+import dataclasses
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +28,6 @@ def loaded(request, tmp_path_factory):
     """Positions; positions and states; a graph that concatenates, as another exporter writes it."""
     folder = HERE / request.param
     if request.param == "tiny_foreign":
-        import shutil
-
         folder = Path(shutil.copytree(folder, tmp_path_factory.mktemp("adopted") / "foreign"))
         adopt(folder)
     with tfinfer.load(folder, threads=1) as model:
@@ -309,3 +309,11 @@ def test_the_longest_length_is_not_passed_by_what_is_held(remembering):
     prompt = [1] * (LONGEST - 2)
     model.generate(prompt, max_tokens=2, stop_ids=[])
     assert tokens(model.generate([*prompt, 0], max_tokens=1, stop_ids=[])) == [greedy("positions", [*prompt, 0], 1)]
+
+
+def test_a_graph_that_appends_one_token_at_a_time_prefills_a_prompt_whole(remembering):
+    """Appending what is new would be slower than running all at once."""
+    model = remembering("positions")
+    model.manifest = dataclasses.replace(model.manifest, appends_one=True)
+    prompt = [1, 2, 0, 1]
+    assert [reused(model.generate(prompt, max_tokens=3)) for _ in range(2)] == [[0], [0]]

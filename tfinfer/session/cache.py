@@ -197,7 +197,7 @@ class Cache:
         """To how many positions, at most `length`, a slot that is live or left can be rewound."""
         row = self._row[slot] if slot in self._row else self._left[slot]
         held = int(self.lengths[row])
-        length = min(length, held)
+        length = max(0, min(length, held))
         if self.states.buffers and length < held:
             length = max((kept for kept in self._kept.lengths(slot) if kept <= length), default=0)
         return 0 if self._sees_dropped(row, length) else length

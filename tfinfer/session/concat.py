@@ -156,7 +156,7 @@ class ConcatCache:
     def reachable(self, slot: int, length: int) -> int:
         """To how many positions, at most `length`, a slot that is live or left can be rewound."""
         held = self._held[slot] if slot in self._held else self._left[slot]
-        return min(length, held.block.length)
+        return max(0, min(length, held.block.length))
 
     def can_copy(self, slot: int, end: int) -> bool:
         """Whether `copy_positions` gives an empty slot what this one holds up to `end`."""
