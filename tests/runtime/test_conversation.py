@@ -170,6 +170,17 @@ def test_texts_follow_each_other(model):
     assert (two.token_ids, two.text) == (alone.token_ids, alone.text)
 
 
+def test_only_the_first_text_gets_special_tokens(model, monkeypatch):
+    def tokenize(text, *, add_special_tokens=True):
+        return [7, 8] if add_special_tokens else [8]
+
+    monkeypatch.setattr(model, "tokenize", tokenize)
+    chat = model.conversation()
+    first = chat.generate("one", max_tokens=2, stop_ids=[]).token_ids
+    second = chat.generate("two", max_tokens=2, stop_ids=[]).token_ids
+    assert chat.ids == [7, 8, *first, 8, *second]
+
+
 def test_messages_are_rendered_whole_and_only_what_differs_is_run(model):
     messages = [{"role": "user", "content": "the cat"}]
     chat = model.conversation()
@@ -302,6 +313,7 @@ def test_a_turn_that_is_not_finite_is_undone(model, monkeypatch):
             chat.generate([3], max_tokens=4, stop_ids=[])
     assert chat.ids == ids
     got = chat.generate([3], max_tokens=4, stop_ids=[])
+    assert got.usage.reused_tokens == 0  # what the cache held may not be finite either
     assert got.token_ids == model.generate([*ids, 3], max_tokens=4, stop_ids=[]).token_ids
 
 

@@ -142,6 +142,25 @@ def test_a_batch_takes_what_one_slot_holds_for_all(remembering):
     assert tokens(found) == [greedy("positions", prompt, 5) for prompt in prompts]
 
 
+@pytest.mark.parametrize("kind", ["states", "both"])
+def test_states_are_kept_where_a_batch_parts(remembering, kind):
+    model = remembering(kind)
+    shared = [1, 2, 0] * 7
+    model.generate([[*shared, n, n] for n in range(4)], max_tokens=5, stop_ids=[])
+    found = model.generate([*shared, 4, 4], max_tokens=5, stop_ids=[])
+    assert (tokens(found), reused(found)) == ([greedy(kind, [*shared, 4, 4], 5)], [21])
+
+
+def test_states_of_more_than_is_shared_are_not_copied(remembering):
+    model = remembering("states")
+    shared = [1, 2, 0] * 7
+    first, _ = model.generate([shared, [3]], max_tokens=3, stop_ids=[])
+    prompts = [[*shared, *first.token_ids, 2], [*shared, 1]]
+    found = model.generate(prompts, max_tokens=5, stop_ids=[])
+    assert reused(found) == [23, 0]
+    assert tokens(found) == [greedy("states", prompt, 5) for prompt in prompts]
+
+
 def test_a_window_that_moved_on_is_not_gone_back_behind(remembering):
     model = remembering("window")
     prompt = [1, 2, 0, 1] * 50
