@@ -198,8 +198,8 @@ class GeneratingModel(Model):
             settings.limits,
             self.manifest.num_logits,
             settings.cancel,
-            seats.slots if seats else None,
-            seats.held if seats else (),
+            slots=seats.slots if seats else None,
+            held=seats.held if seats else (),
         )
         texts = [RowText(self.tokenizer, ids, settings.stop) for ids in request.shown]
         firsts: dict[int, float] = {}

@@ -125,6 +125,19 @@ def test_a_batch_runs_what_its_prompts_share_once(remembering, kind):
     assert model.decoder.ran == 21 + 4 * (2 + 4)
 
 
+def test_rows_are_put_in_order_while_they_hold_little(remembering):
+    """Whole rows would be exchanged at the first step for the sake of one id."""
+    model = remembering("positions")
+    model.generate([[1] * 50, [2] * 50], max_tokens=2, stop_ids=[])
+    cache, position = model._pool.caches[-1], 2 * 3 * 4 + 2
+    cache.moved = 0
+    prompts = [[2] + [0] * 60, [1] + [0] * 60]
+    found = model.generate(prompts, max_tokens=3, stop_ids=[])
+    assert model._pool.caches[-1] is cache
+    assert (reused(found), cache.moved) == ([1, 1], 3 * position)
+    assert tokens(found) == [greedy("positions", prompt, 3) for prompt in prompts]
+
+
 def test_a_few_shared_ids_are_not_worth_a_run_of_their_own(remembering):
     model = remembering("positions")
     found = model.generate([[1, 2, 0], [1, 2, 1]], max_tokens=2, stop_ids=[])

@@ -86,8 +86,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        sources = self.sources.nbytes if self.sources else 0
-        return self.positions.nbytes + self.states.nbytes + sources
+        return self.positions.nbytes + self.states.nbytes + (self.sources.nbytes if self.sources else 0)
 
     @property
     def live(self) -> list[int]:
@@ -352,7 +351,8 @@ class Cache:
             self.moved += self.sources.copy(source, target)
 
     def _swap_rows(self, one: int, other: int) -> None:
-        self.moved += self.positions.swap(one, other) + self.states.swap(one, other)
+        held = int((self.lengths - self.dropped)[[one, other]].max())
+        self.moved += self.positions.swap(one, other, held) + self.states.swap(one, other)
         if self.sources is not None:
             self.moved += self.sources.swap(one, other)
 

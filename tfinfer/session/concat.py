@@ -236,6 +236,10 @@ class ConcatCache:
         self.ids[slot] = list(contents.ids)
         return slot
 
+    def arrange(self, slots: Sequence[int]) -> int:
+        """Nothing: rows are brought together when they run."""
+        return 0
+
     def reset(self) -> None:
         """Give every slot back."""
         for slot in self.live:

@@ -50,15 +50,18 @@ class PositionRows:
             copied += width * spec.num_kv_heads
         return copied
 
-    def swap(self, one: int, other: int) -> int:
-        """Exchange two rows; returns how many bytes were copied."""
-        for spec, buffer in zip(self.specs, self.buffers):
-            size = buffer.nbytes // self.slots
-            spare = self._allocate(spec, 1, self.capacity)
-            self.memory.copy(spare, 0, buffer, one * size, size)
-            self.memory.copy(buffer, one * size, buffer, other * size, size)
-            self.memory.copy(buffer, other * size, spare, 0, size)
-        return 3 * (self.nbytes // self.slots)
+    def swap(self, one: int, other: int, end: int) -> int:
+        """Exchange the first `end` places of two rows; returns how many bytes were copied."""
+        if not end:
+            return 0
+        for spec, buffer, head, position in self._each():
+            width, row = end * position, head * spec.num_kv_heads
+            first, second = buffer.pointer + one * row, buffer.pointer + other * row
+            spare = self._allocate(spec, 1, end)
+            self.memory.copy_2d(spare.pointer, width, first, head, width, spec.num_kv_heads)
+            self.memory.copy_2d(first, head, second, head, width, spec.num_kv_heads)
+            self.memory.copy_2d(second, head, spare.pointer, width, width, spec.num_kv_heads)
+        return 3 * end * (self.nbytes // (self.slots * self.capacity))
 
     def shift(self, row: int, gone: int, kept: int) -> None:
         """Move the `kept` positions that lie behind the first `gone` of a row to its front."""

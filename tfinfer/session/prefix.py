@@ -65,6 +65,7 @@ def seat(decoder: Decoder, cache: Any, prompts: Prompts) -> Seats:
     """A slot for each prompt that holds as much of it as the cache knows, or as other prompts share with it."""
     revived = {index: cache.revive(slot, held) for index, (slot, held) in matches(cache, prompts).items()}
     slots = [revived[index] if index in revived else cache.acquire() for index in range(len(prompts))]
+    cache.arrange(slots)  # now, while rows hold little: a step wants them in this order
     computed = _share(decoder, cache, prompts, slots)
     held = [cache.length(slot) for slot in slots]
     return Seats(slots, held, [n - computed.get(slot, 0) for slot, n in zip(slots, held)])
