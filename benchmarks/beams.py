@@ -149,8 +149,10 @@ def main() -> None:
         assert [h.token_ids for h in found[0]] == [h.token_ids for h in naive_found[0]], "the two found different ones"
         taken = interleave(
             {
-                "greedy": lambda: model.generate(ids, max_tokens=a.new, stop_ids=[]),
-                f"greedy, {a.beams} rows": lambda: model.generate([ids] * a.beams, max_tokens=a.new, stop_ids=[]),
+                "greedy": lambda: model.generate(ids, max_tokens=a.new, stop_ids=[], reuse_prefix=False),
+                f"greedy, {a.beams} rows": lambda: model.generate(
+                    [ids] * a.beams, max_tokens=a.new, stop_ids=[], reuse_prefix=False
+                ),
                 f"{a.beams} beams": ours.run,
                 f"{a.beams} beams, whole rows": naive.run,
             },

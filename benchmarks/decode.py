@@ -74,7 +74,7 @@ def eager(model: Any, ids: Any, new: int, device: str) -> tuple[float, float]:
 
 
 def ours(model: tfinfer.Model, ids: list[int], new: int) -> tuple[float, float]:
-    completion = model.generate(ids, max_tokens=new, stop_ids=[])
+    completion = model.generate(ids, max_tokens=new, stop_ids=[], reuse_prefix=False)
     return completion.timings.first_token_seconds, completion.timings.decode_seconds / (new - 1)
 
 

@@ -9,13 +9,25 @@ from tfinfer.version import __version__
 
 if TYPE_CHECKING:
     from tfinfer.completion import Chunk, Completion, Timings, Usage
+    from tfinfer.conversation import Conversation
     from tfinfer.model import Model, load
 
-__all__ = ["Chunk", "Completion", "Model", "TfinferError", "Timings", "Usage", "__version__", "errors", "load"]
+__all__ = [
+    "Chunk",
+    "Completion",
+    "Conversation",
+    "Model",
+    "TfinferError",
+    "Timings",
+    "Usage",
+    "__version__",
+    "errors",
+    "load",
+]
 
 logging.getLogger("tfinfer").addHandler(logging.NullHandler())
 
-_HOMES = {"load": "tfinfer.model", "Model": "tfinfer.model"} | dict.fromkeys(
+_HOMES = {"load": "tfinfer.model", "Model": "tfinfer.model", "Conversation": "tfinfer.conversation"} | dict.fromkeys(
     ("Chunk", "Completion", "Timings", "Usage"), "tfinfer.completion"
 )
 

@@ -12,10 +12,15 @@ from tfinfer.tokens.sampling import TokenLogprobs
 
 @dataclass(frozen=True)
 class Usage:
-    """How many tokens went in and came out."""
+    """How many tokens went in and came out.
+
+    reused_tokens: of the prompt, how many were not computed for it: a cache held them, or another prompt of the batch
+    has them too.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,25 @@ class Completion:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+class Growing:
+    """Collects the chunks of one prompt."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+
+    def completion(self, has_text: bool) -> Completion:
+        last = self.chunks[-1]
+        assert last.finish_reason
+        assert last.usage
+        assert last.timings
+        logprobs = tuple(c.logprobs for c in self.chunks if c.logprobs is not None)
+        return Completion(
+            text="".join(c.text for c in self.chunks if c.text) if has_text else None,
+            token_ids=tuple(i for c in self.chunks for i in c.token_ids),
+            finish_reason=last.finish_reason, usage=last.usage, timings=last.timings, logprobs=logprobs or None,
+        )  # fmt: skip

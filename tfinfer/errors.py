@@ -10,6 +10,7 @@ TfinferError
 │   └── UnsafeModelError    the folder reaches outside itself
 ├── ProviderError           the device that was asked for does not open                            (RuntimeError)
 ├── MissingDependencyError  an optional package is not installed                                   (ImportError)
+├── SnapshotError           a saved conversation that cannot be written, read or gone on with     (ValueError)
 ├── ClosedError             the model or cache was closed                                          (RuntimeError)
 ├── NonFiniteLogitsError    the model computed NaN or only -inf                                    (ArithmeticError)
 └── ExportError             a module that does not become a folder
@@ -68,6 +69,12 @@ class ProviderError(TfinferError, RuntimeError):
 
 class MissingDependencyError(TfinferError, ImportError):
     """An optional package is not installed; the message names the command that mends it."""
+
+    exit_code = 2
+
+
+class SnapshotError(TfinferError, ValueError):
+    """A saved conversation that cannot be written, cannot be read, or is of another model."""
 
     exit_code = 2
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from tfinfer.completion import Chunk, Completion, Timings, Usage
-from tfinfer.errors import ClosedError, InputError, ManifestError
+from tfinfer.completion import Chunk, Completion, Growing, Timings, Usage
+from tfinfer.conversation import Conversation, open_conversation
+from tfinfer.errors import InputError, ManifestError
 from tfinfer.manifest import FILE_NAME, Manifest
 from tfinfer.model import Messages, Model, Prompt
 from tfinfer.request import Options, Request, read_settings
 from tfinfer.session.cache import Cache
 from tfinfer.session.choose import open_decoder
 from tfinfer.session.encoder_decoder import EncoderDecoder
+from tfinfer.session.pool import CachePool
+from tfinfer.session.prefix import Seats, seat
 from tfinfer.tokens.beams import Penalties, beam_search
 from tfinfer.tokens.generate import Batch, check_lengths
 from tfinfer.tokens.hypotheses import Hypothesis
@@ -23,30 +27,30 @@ from tfinfer.tokens.text import RowText
 
 
 class GeneratingModel(Model):
-    """A model that generates. Every call has its own cache, taken from a small pool under a lock."""
+    """A model that generates. Every call has its own cache, lent by a small pool with what it still holds."""
 
     def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         super().__init__(manifest, folder)
         _check_token_ids(manifest)
         self.decoder = open_decoder(manifest, folder, device=device, threads=threads)
         self.device, self.threads, self.reason = self.decoder.device, self.decoder.threads, self.decoder.reason
-        self._pool: list[Cache] = []
+        self._pool = CachePool(self.decoder.open_cache)
 
     def close(self) -> None:
         """Let graphs and caches go; later calls raise ClosedError."""
         with self._lock:
             self._closed = True
-            for cache in self._pool:
-                cache.close()
-            self._pool.clear()
+        self._pool.close()
         self.decoder.close()
 
     # -- caches -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def _lent(self, request: Request) -> Iterator[Cache]:
         """A cache for a request, given back however the request ends."""
-        cache = self._borrow(request.slots, request.capacity)
+        reuses = self._reuses(request)
+        cache = self._pool.lend(request.slots, request.capacity, request.prompts if reuses else ())
         try:
+            cache.leaves = reuses
             if request.sources:  # steps read all that there is room for, so there is no more than this request needs
                 cache.lay_out_sources(request.source_capacity)
             yield cache
@@ -57,23 +61,17 @@ class GeneratingModel(Model):
             raise
         finally:
             if not cache.closed:
-                self._give_back(cache)
+                self._pool.give_back(cache)
 
-    def _borrow(self, slots: int, capacity: int) -> Cache:
-        with self._lock:
-            if self._closed:
-                raise ClosedError("the model was closed: load it again")
-            for cache in self._pool:
-                if cache.fits(slots, capacity):
-                    self._pool.remove(cache)
-                    return cache
-        return self.decoder.open_cache(slots, capacity)
+    def _reuses(self, request: Request) -> bool:
+        """Whether what caches hold spares some of a request; a graph that appends one token at a time is slow at it."""
+        return request.settings.reuse_prefix and not request.sources and not self.manifest.appends_one
 
-    def _give_back(self, cache: Cache) -> None:
-        cache.reset()
-        with self._lock:
-            if not self._closed and len(self._pool) < 2:
-                self._pool.append(cache)
+    def _seats(self, request: Request, cache: Cache) -> Seats | None:
+        """A slot for each prompt, with what it holds: a source, or a beginning; None for empty ones."""
+        if request.sources:
+            return self._encoded(request, cache)
+        return seat(self.decoder, cache, request.prompts) if self._reuses(request) else None
 
     # -- requests -----------------------------------------------------------------------------------------------
     def _checked(self, ids: Sequence[int]) -> list[int]:
@@ -131,6 +129,8 @@ class GeneratingModel(Model):
             stop_ids=None (the model's own; [] for none), logprobs=0 (how many per token), cancel=None (an Event).
             num_beams=1 (above it, a beam search, which takes no sampling, stop strings or logprobs),
             length_penalty=1.0, early_stopping=False (True, "never"), num_return_sequences=1: see `BeamParams`.
+            reuse_prefix=True (what the caches of earlier calls hold of a prompt is not computed again; False neither
+            takes nor leaves anything there).
 
         Returns a Completion, or a list of them for a list of prompts; with num_return_sequences above 1 a list of at
         most so many, best first, in place of each Completion. Raises InputError or LengthError.
@@ -141,7 +141,7 @@ class GeneratingModel(Model):
             several = request.settings.beams.num_return_sequences > 1
             finished: list[Any] = found if several else [best for best, *_ in found]
         else:
-            completions = [_Growing() for _ in request.prompts]
+            completions = [Growing() for _ in request.prompts]
             for chunk in self._chunks(request):
                 completions[chunk.index].add(chunk)
             finished = [growing.completion(self.tokenizer is not None) for growing in completions]
@@ -159,22 +159,37 @@ class GeneratingModel(Model):
             raise InputError("which beam is best is known at the end alone: use generate, or num_beams=1 to stream")
         return self._chunks(request)
 
+    def conversation(self, path: str | os.PathLike[str] | None = None) -> Conversation:
+        """A conversation, whose turns compute only what is new; from `path`, the one that its `save` wrote.
+
+        Raises InputError for an encoder-decoder, SnapshotError for a file that is no conversation with this model.
+        """
+        self._check_open()
+        if isinstance(self.decoder, EncoderDecoder):
+            raise InputError(
+                "a conversation is of a decoder: what an encoder-decoder says belongs to one source: use generate"
+            )
+        return open_conversation(self, path)
+
     def _chunks(self, request: Request) -> Iterator[Chunk]:
         with self._lent(request) as cache:
-            yield from self._run(request, cache)
+            yield from self._run(request, cache, None)
 
-    def _encoded(self, request: Request, cache: Cache) -> list[int] | None:
-        """A slot for each source, which is encoded into it; None for a decoder."""
+    def _encoded(self, request: Request, cache: Cache) -> Seats:
+        """A slot for each source, which is encoded into it."""
         decoder = self.decoder
-        if not isinstance(decoder, EncoderDecoder):
-            return None
+        assert isinstance(decoder, EncoderDecoder)
         slots = [cache.acquire() for _ in request.sources]
         for slot, source in zip(slots, request.sources):
             decoder.encode(cache, slot, source)
-        return slots
+        nothing = [0] * len(slots)
+        return Seats(slots, nothing, nothing)
 
-    def _run(self, request: Request, cache: Cache) -> Iterator[Chunk]:
+    def _run(self, request: Request, cache: Cache, seats: Seats | None) -> Generator[Chunk]:
+        """The tokens of all prompts, each in its seat; the seats are released in the end."""
         started, settings = time.perf_counter(), request.settings
+        seats = self._seats(request, cache) if seats is None else seats
+        reused = seats.reused if seats else [0] * len(request.prompts)
         batch = Batch(
             self.decoder,
             cache,
@@ -183,7 +198,8 @@ class GeneratingModel(Model):
             settings.limits,
             self.manifest.num_logits,
             settings.cancel,
-            self._encoded(request, cache),
+            slots=seats.slots if seats else None,
+            held=seats.held if seats else (),
         )
         texts = [RowText(self.tokenizer, ids, settings.stop) for ids in request.shown]
         firsts: dict[int, float] = {}
@@ -194,6 +210,8 @@ class GeneratingModel(Model):
                 if texts[row].stopped:
                     continue
                 now = time.perf_counter()
+                if seats and row not in firsts and not request.sources:
+                    cache.keep(seats.slots[row])  # it holds the prompt, to which another answer may go back
                 firsts.setdefault(row, now)
                 counts[row] += token.token_id is not None
                 text, reason = texts[row].push(token.token_id, token.finish_reason)
@@ -202,7 +220,7 @@ class GeneratingModel(Model):
                     yield Chunk(row, text, ids, None, token.logprobs)
                     continue
                 batch.finish(row)
-                usage = Usage(len(request.given[row]), counts[row])
+                usage = Usage(len(request.given[row]), counts[row], reused[row])
                 timings = Timings(firsts[row] - started, now - firsts[row])
                 yield Chunk(row, text, ids, reason, token.logprobs, usage, timings)
 
@@ -212,14 +230,16 @@ class GeneratingModel(Model):
         params, vocab_size = settings.params, self.manifest.num_logits
         adjusts = params.logit_bias or params.needs_history
         with self._lent(request) as cache:
+            seats = self._seats(request, cache)
+            held = seats.held if seats else [0] * len(request.prompts)
             found = beam_search(
                 self.decoder,
                 cache,
-                request.prompts,
+                [prompt[n:] for prompt, n in zip(request.prompts, held)],
                 settings.beams,
                 settings.limits,
                 vocab_size,
-                slots=self._encoded(request, cache),
+                slots=seats.slots if seats else None,
                 adjust=Penalties(params, request.prompts, vocab_size) if adjusts else None,
                 cancel=settings.cancel,
                 # transformers forces all but the first of these, and counts what it forces
@@ -227,16 +247,19 @@ class GeneratingModel(Model):
             )
         timings = Timings(time.perf_counter() - started, 0.0)
         return [
-            [self._completed(hypothesis, request, index, timings) for hypothesis in hypotheses]
+            [
+                self._completed(hypothesis, request, index, timings, seats.reused[index] if seats else 0)
+                for hypothesis in hypotheses
+            ]
             for index, hypotheses in enumerate(found)
         ]
 
-    def _completed(self, found: Hypothesis, request: Request, index: int, timings: Timings) -> Completion:
+    def _completed(self, found: Hypothesis, request: Request, index: int, timings: Timings, reused: int) -> Completion:
         row = RowText(self.tokenizer, request.shown[index], ())
         pieces = [row.push(token, None)[0] for token in found.token_ids]
         pieces.append(row.push(None, found.finish_reason)[0])
         text = None if self.tokenizer is None else "".join(piece for piece in pieces if piece)
-        usage = Usage(len(request.given[index]), len(found.token_ids))
+        usage = Usage(len(request.given[index]), len(found.token_ids), reused)
         return Completion(text, found.token_ids, found.finish_reason, usage, timings, score=found.score)
 
 
@@ -250,25 +273,3 @@ def _check_token_ids(manifest: Manifest) -> None:
     ):
         if wrong := [i for i in values if not 0 <= i < size]:
             raise ManifestError(f"{FILE_NAME}: token_ids: expected {name} to be from 0 to {size - 1}, got {wrong[0]}")
-
-
-class _Growing:
-    """Collects the chunks of one prompt."""
-
-    def __init__(self) -> None:
-        self.chunks: list[Chunk] = []
-
-    def add(self, chunk: Chunk) -> None:
-        self.chunks.append(chunk)
-
-    def completion(self, has_text: bool) -> Completion:
-        last = self.chunks[-1]
-        assert last.finish_reason
-        assert last.usage
-        assert last.timings
-        logprobs = tuple(c.logprobs for c in self.chunks if c.logprobs is not None)
-        return Completion(
-            text="".join(c.text for c in self.chunks if c.text) if has_text else None,
-            token_ids=tuple(i for c in self.chunks for i in c.token_ids),
-            finish_reason=last.finish_reason, usage=last.usage, timings=last.timings, logprobs=logprobs or None,
-        )  # fmt: skip

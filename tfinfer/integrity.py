@@ -6,7 +6,9 @@ so the graph's references to other files are read here, before it sees the graph
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,20 @@ DOMAINS = {"", "ai.onnx", "com.microsoft"}
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """The same for folders whose decoders compute the same and whose caches hold the same: a SHA-256.
+
+    Of the layout of the cache, and of every file but those that turn text into ids, prove, or are other graphs.
+    """
+    text = manifest.text
+    others = {text.tokenizer, text.chat_template, text.generation_config, manifest.proof.golden}
+    others |= {graph.file for name, graph in manifest.graphs.items() if name != "decoder"}
+    files = sorted((name, file.sha256) for name, file in manifest.files.items() if name not in others)
+    layout = [[dataclasses.asdict(spec) for spec in specs] for specs in (manifest.cache, manifest.states)]
+    told = json.dumps([files, layout, manifest.keeps_window, manifest.cache_mode])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def check_files(folder: Path, manifest: Manifest, hashes: bool = True) -> None:

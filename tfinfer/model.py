@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tfinfer.attention.reading import AttentionReader
     from tfinfer.completion import Chunk
     from tfinfer.tokens.chat import ChatTemplate
+    from tfinfer.conversation import Conversation
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -186,6 +187,10 @@ class Model:
     def stream(self, prompt: Any, **options: Any) -> Iterator[Chunk]:
         """See `GeneratingModel.stream`."""
         self._cannot("generate")
+
+    def conversation(self, path: str | os.PathLike[str] | None = None) -> Conversation:
+        """See `GeneratingModel.conversation`."""
+        self._cannot("hold a conversation")
 
     def encode(self, texts: Any, **options: Any) -> Any:
         """See `EncodingModel.encode`."""

@@ -42,6 +42,7 @@ class Options(TypedDict, total=False):
     length_penalty: float
     early_stopping: bool | Literal["never"]
     num_return_sequences: int
+    reuse_prefix: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Settings:
     limits: Limits
     stop: tuple[str, ...]
     cancel: threading.Event | None
+    reuse_prefix: bool = True
 
     @property
     def searches(self) -> bool:
@@ -108,7 +110,10 @@ def read_settings(options: Mapping[str, Any], manifest: Manifest) -> Settings:
     beams = BeamParams(**{"num_beams": 1, **{name: options[name] for name in BEAMS if name in options}})
     _check_beams(beams, params, limits, stop)
     suppressed = [i for i in ids.suppressed if 0 <= i < manifest.num_logits]
-    return Settings(_without(params, suppressed), beams, limits, stop, options.get("cancel"))
+    reuse = options.get("reuse_prefix", True)
+    if not isinstance(reuse, bool):
+        raise InputError(f"expected reuse_prefix to be True or False, got {reuse!r}")
+    return Settings(_without(params, suppressed), beams, limits, stop, options.get("cancel"), reuse)
 
 
 def _check_beams(beams: BeamParams, params: SamplingParams, limits: Limits, stop: tuple[str, ...]) -> None:

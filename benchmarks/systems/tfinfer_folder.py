@@ -19,7 +19,7 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     model = tfinfer.load(folder, threads=given["threads"])
 
     def generate(ids: list[int], new: int) -> Iterator[int]:
-        for chunk in model.stream(ids, max_tokens=new, stop_ids=[]):
+        for chunk in model.stream(ids, max_tokens=new, stop_ids=[], reuse_prefix=False):
             yield from chunk.token_ids
 
     return generate

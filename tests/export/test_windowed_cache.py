@@ -99,3 +99,40 @@ def test_a_rewind_behind_what_was_dropped_is_refused_and_the_next_call_works(win
     cache.rewind(slot, 0)
     logits = model.decoder.prefill(cache, slot, ids[:7])[-1]
     np.testing.assert_allclose(logits, full(module, ids[:7])[-1], atol=1e-4)
+
+
+def test_a_conversation_goes_on_where_its_beginning_was_dropped(windowed, tmp_path):
+    module, model = windowed
+    ids = np.random.default_rng(4).integers(0, 40, 600).tolist()
+    chat = model.conversation()
+    for at in (290, 310):  # the second turn goes on behind positions that are gone
+        answer = chat.generate(ids[chat.length : at], max_tokens=5, stop_ids=[])
+        assert list(answer.token_ids) == said(module, chat.ids[:-5], 5)
+        assert answer.usage.reused_tokens == (290 if at == 310 else 0)
+        chat.rewind(at)
+    chat.save(tmp_path / "chat")
+    assert (tmp_path / "chat").stat().st_size < 2 * model.decoder.open_cache(1, 64).nbytes
+    for other in (chat.fork(), model.conversation(tmp_path / "chat")):
+        answer = other.generate(ids[310:320], max_tokens=5, stop_ids=[])
+        assert answer.usage.reused_tokens == 310
+        assert list(answer.token_ids) == said(module, [*chat.ids, *ids[310:320]], 5)
+    chat.rewind(40)  # behind what there is: all of it is run again
+    answer = chat.generate(max_tokens=5, stop_ids=[])
+    assert (list(answer.token_ids), answer.usage.reused_tokens) == (said(module, ids[:40], 5), 0)
+
+
+def test_a_prompt_that_goes_on_behind_the_window_reuses_and_another_does_not(windowed):
+    module, model = windowed
+    ids = np.random.default_rng(5).integers(0, 40, 300).tolist()
+    for prompt, reused in ((ids[:290], 0), (ids, 290), (ids[:100], 0)):
+        got = model.generate(prompt, max_tokens=1, stop_ids=[])
+        assert got.usage.reused_tokens == reused
+        assert list(got.token_ids) == said(module, prompt, 1)
+
+
+def said(module, ids, count):
+    """The greedy tokens that follow, by full passes."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(full(module, ids)[-1].argmax()))
+    return ids[len(ids) - count :]

@@ -1,6 +1,7 @@
 """Fixtures of the runtime's tests. Nothing here may need torch."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import tfinfer
 
 TINY = Path(__file__).parent / "tiny"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "zoo"))
 
 
 @pytest.fixture
@@ -26,3 +28,23 @@ def copied(tmp_path: Path) -> Path:
 def model():
     with tfinfer.load(TINY, threads=1) as loaded:
         yield loaded
+
+
+@pytest.fixture
+def remembering():
+    """A model of one of the kinds of tests/zoo/remembering.py, which computes from what stands in its cache."""
+    from remembering import Remembering
+
+    from tfinfer.session.pool import CachePool
+
+    with tfinfer.load(TINY, threads=1) as loaded:
+
+        def opened(kind):
+            decoder = loaded.decoder = Remembering(kind, loaded.manifest.num_logits)
+            loaded.manifest = decoder.described(loaded.manifest)
+            loaded._pool = CachePool(loaded.decoder.open_cache)
+            return loaded
+
+        real = loaded.decoder
+        yield opened
+        loaded.decoder = real

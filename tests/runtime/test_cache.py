@@ -96,6 +96,15 @@ def test_slots_asked_for_in_another_order_change_places(cache):
     assert all(holds(cache, slot, mark, mark) for mark, slot in enumerate(slots, 1))
 
 
+def test_an_exchange_of_rows_copies_no_more_than_they_hold(cache):
+    slots = [cache.acquire() for _ in range(2)]
+    write(cache, slots[0], 1, 3)
+    write(cache, slots[1], 2, 5)
+    cache.arrange(slots[::-1])
+    assert cache.moved == 3 * 5 * 2 * (4 * 4 + 3 * 2)
+    assert all(holds(cache, slot, mark, length) for slot, mark, length in zip(slots, (1, 2), (3, 5)))
+
+
 def test_nothing_moves_where_the_order_is_right_already(cache):
     slots = [cache.acquire() for _ in range(3)]
     assert cache.arrange(slots[1:]) == 1

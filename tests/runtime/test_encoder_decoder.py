@@ -285,10 +285,10 @@ def test_suppressed_ids_are_never_chosen(model, edited):
 def test_a_cache_that_comes_back_is_laid_out_for_the_next_source(model):
     model.generate("a", max_tokens=2)
     model.generate("the quick brown fox", max_tokens=2)
-    assert model._pool[-1].sources.capacity == 20
+    assert model._pool.caches[-1].sources.capacity == 20
     model.generate("ab", max_tokens=2)
-    assert model._pool[-1].sources.capacity == 3
-    assert not model._pool[-1].sources.marks.any()
+    assert model._pool.caches[-1].sources.capacity == 3
+    assert not model._pool.caches[-1].sources.marks.any()
 
 
 def test_leaving_a_stream_and_cancelling_give_the_slots_back(model):
@@ -300,7 +300,7 @@ def test_leaving_a_stream_and_cancelling_give_the_slots_back(model):
     cancel.set()
     for beams in (1, 2):
         assert model.generate("abc", max_tokens=4, cancel=cancel, num_beams=beams).finish_reason == "cancelled"
-    assert all(cache.live == [] for cache in model._pool)
+    assert all(cache.live == [] for cache in model._pool.caches)
     assert [c.token_ids for c in model.generate(TEXTS, max_tokens=8)] == [c.token_ids for c in expected]
 
 
@@ -315,7 +315,7 @@ def test_a_call_that_fails_in_the_encoder_spoils_nothing(model, monkeypatch):
         for options in ({}, {"num_beams": 2}):
             with pytest.raises(RuntimeError, match="broken"):
                 model.generate("abc", max_tokens=4, **options)
-    assert not any(cache.closed for cache in model._pool)
+    assert not any(cache.closed for cache in model._pool.caches)
     assert model.generate("abc", max_tokens=4).token_ids == expected
 
 

@@ -232,7 +232,7 @@ def test_a_search_that_breaks_is_not_in_the_pool(model, monkeypatch):
         patch.setattr(model.decoder, "step", broken)
         with pytest.raises(tfinfer.errors.NonFiniteLogitsError):
             model.generate("a", max_tokens=4, num_beams=3)
-    assert not any(cache.closed for cache in model._pool)
+    assert not any(cache.closed for cache in model._pool.caches)
     assert model.generate("a", max_tokens=4, num_beams=3).token_ids == expected
 
 

@@ -168,7 +168,7 @@ def test_leaving_a_stream_gives_its_cache_back(model):
     stream = model.stream([1, 2, 3], max_tokens=40)
     next(stream)
     stream.close()
-    cache = model._pool[-1]
+    cache = model._pool.caches[-1]
     assert cache.live == []
     assert model.generate([1, 2, 3], max_tokens=3).token_ids == model.generate([1, 2, 3], max_tokens=3).token_ids
 
@@ -201,7 +201,7 @@ def test_logits_that_are_not_finite_are_an_error_and_the_cache_is_not_used_again
         patch.setattr(model.decoder, "step", broken)
         with pytest.raises(tfinfer.errors.NonFiniteLogitsError):
             model.generate([1, 2], max_tokens=4)
-    assert all(cache.buffers for cache in model._pool)
+    assert all(cache.buffers for cache in model._pool.caches)
     assert model.generate([1, 2], max_tokens=4).token_ids == expected
 
 

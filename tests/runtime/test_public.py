@@ -14,6 +14,7 @@ def test_the_public_names_are_these():
     assert set(tfinfer.__all__) == {
         "Chunk",
         "Completion",
+        "Conversation",
         "Model",
         "TfinferError",
         "Timings",

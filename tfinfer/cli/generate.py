@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 @options.sampling
 @click.option("--chat", is_flag=True, help="The prompt is a message for the folder's chat template.")
 @click.option("--system", metavar="TEXT", help="The system message of --chat.")
-@click.option("--stats", is_flag=True, help="Timings and tokens/s, to stderr.")
+@click.option(
+    "--conversation",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Go on with the conversation in FILE, or begin one, and save it there.",
+)
+@click.option("--stats", is_flag=True, help="Timings, tokens/s and reused tokens, to stderr.")
 @options.compute
 @options.common
 def command(folder: Path, prompt: str | None, device: str, threads: int | None, **given: Any) -> None:
@@ -37,21 +43,26 @@ def command(folder: Path, prompt: str | None, device: str, threads: int | None, 
     """
     from tfinfer.model import load
 
-    asked = _prompt(prompt, given["ids"], given["chat"], given["system"])
+    asked, file = _prompt(prompt, given["ids"], given["chat"], given["system"]), given["conversation"]
+    if file and given["chat"]:
+        raise click.UsageError("--conversation goes on with a text or --ids; --chat is a whole conversation by itself")
     started = time.perf_counter()
     with load(folder, device=device, threads=threads) as model:
         seconds = time.perf_counter() - started
         if device == "auto" and not given["as_json"]:
             remark(model.reason)
-        settings = _settings(model, asked, given)
+        speaker: Any = model if file is None else model.conversation(file if file.exists() else None)
+        settings = _settings(model, asked, given, getattr(speaker, "length", 0))
         about = _about(model, folder, seconds) if given["as_json"] else None
         if about is None and given["num_beams"] == 1:
-            chunks = _print_stream(model, asked, settings)
+            chunks = _print_stream(speaker, asked, settings)
             for entry in filter(None, (chunk.logprobs for chunk in chunks)):
                 remark(_logprobs_line(model, entry))
             last: Chunk | Completion = chunks[-1]
         else:
-            last = _print_whole(model, asked, settings, about)
+            last = _print_whole(speaker, asked, settings, about)
+        if file is not None:
+            speaker.save(file)
         if given["stats"]:
             remark(_stats_line(model, seconds, last))
 
@@ -77,11 +88,11 @@ def _prompt(prompt: str | None, ids: list[int] | None, chat: bool, system: str |
     return [*head, {"role": "user", "content": prompt}]
 
 
-def _settings(model: Model, asked: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `Model.generate`."""
+def _settings(model: Model, asked: Any, given: dict[str, Any], past: int) -> dict[str, Any]:
+    """The keyword arguments of `Model.generate`; past: how many tokens a conversation has already."""
     most = given["max_tokens"]
     if most is None:
-        before = len(model.manifest.token_ids.decoder_start) or _count(model, asked)
+        before = len(model.manifest.token_ids.decoder_start) or past + _count(model, asked)
         most = max(1, min(options.MAX_TOKENS, model.manifest.max_length - before))
     same = {name: given[name] for name in options.SAMPLING if name not in ("max_tokens", "logit_bias", "stop")}
     bias, stop = dict(given["logit_bias"]), [options.unescape(text) for text in given["stop"]]
@@ -98,10 +109,10 @@ def _count(model: Model, asked: Any) -> int:
     return len(asked)
 
 
-def _print_stream(model: Model, asked: Any, settings: Any) -> list[Chunk]:
-    """Print the tokens as they come."""
+def _print_stream(speaker: Any, asked: Any, settings: Any) -> list[Chunk]:
+    """Print the tokens as they come; `speaker`: a model or a conversation."""
     chunks = []
-    for chunk in model.stream(asked, **settings):
+    for chunk in speaker.stream(asked, **settings):
         ids = "".join(f"{i} " for i in chunk.token_ids)
         if piece := ids if chunk.text is None else chunk.text:
             say(piece, newline=False)
@@ -110,9 +121,9 @@ def _print_stream(model: Model, asked: Any, settings: Any) -> list[Chunk]:
     return chunks
 
 
-def _print_whole(model: Model, asked: Any, settings: Any, about: dict[str, Any] | None) -> Completion:
+def _print_whole(speaker: Any, asked: Any, settings: Any, about: dict[str, Any] | None) -> Completion:
     """Print one or several sequences when they are done, as JSON where there is `about`; returns the best one."""
-    found = model.generate(asked, **settings)
+    found = speaker.generate(asked, **settings)
     completions: list[Completion] = found if isinstance(found, list) else [found]
     if about is None:
         for one in completions:
@@ -152,7 +163,8 @@ def _stats_line(model: Model, load: float, last: Any) -> str:
     usage, timings, threads = last.usage, last.timings, many(model.threads.count, "thread")
     later = usage.completion_tokens - 1
     speed = f", {later / timings.decode_seconds:.1f} tokens/s after it" if later > 0 and timings.decode_seconds else ""
-    tokens = f"{many(usage.prompt_tokens, 'token')} in, {many(usage.completion_tokens, 'token')} out"
+    reused = f" ({usage.reused_tokens} reused)" if usage.reused_tokens else ""
+    tokens = f"{many(usage.prompt_tokens, 'token')} in{reused}, {many(usage.completion_tokens, 'token')} out"
     first = "first token" if getattr(last, "score", None) is None else "beam search"  # which has no first token
     return (
         f"{tokens} ({last.finish_reason}); load {duration(load)}, "

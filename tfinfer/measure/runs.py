@@ -72,7 +72,7 @@ def measure_stream(
         started = time.perf_counter()
         came = [
             time.perf_counter()
-            for chunk in model.stream(rows, max_tokens=work.new_tokens, stop_ids=[])
+            for chunk in model.stream(rows, max_tokens=work.new_tokens, stop_ids=[], reuse_prefix=False)
             if chunk.index == 0
         ]
         ended = time.perf_counter()

@@ -1,38 +1,31 @@
 """The keys and values of several sequences: slots of one buffer per layer and side, changed in place.
 
 A slot keeps its number while its row in the buffers may move, so that live slots always stand in one block that a step
-can bind. States, which belong to all positions of a slot at once, and its source go wherever it goes. Knows nothing of
-graphs, tokens or text. Not for use by two threads at once; every call has its own.
+can bind. States, which belong to all positions of a slot at once, and its source go wherever it goes. What a released
+slot held stays until its row is needed. Knows nothing of graphs and text. Not for use by two threads at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tfinfer.errors import ClosedError, InputError, LengthError
 from tfinfer.manifest import CacheSpec, StateSpec
+from tfinfer.session.contents import Contents, Kept, Snapshot
 from tfinfer.session.cross import Sources
 from tfinfer.session.fixed import FixedRows
 from tfinfer.session.memory import Buffer, CudaMemory, HostMemory
+from tfinfer.session.positions import PositionRows
 
 BLOCK = 64  # capacities are multiples of this, so that a cache that was released fits the next call
+MOST_KEPT = 4  # of what `keep` was told of a slot, how much outlives its release: each is a copy of all states
 
 
 def slack(window: int) -> int:
     """How many positions beyond its window a cache has room for, so that what is behind it is seldom moved out."""
     return max(BLOCK, min(512, window // 2))
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What a slot held at a moment: how many positions, how many of them in the buffers, and a copy of its states."""
-
-    length: int
-    dropped: int
-    states: tuple[Buffer, ...]
 
 
 class Cache:
@@ -42,6 +35,7 @@ class Cache:
     int64, how many of them, the first, are no longer in the buffers: with a `window`, beyond which nothing looks back,
     these hold it and some more, and never grow further.
     states: one buffer of (slots, *shape) per state. sources: what the slots are decoded from, of an encoder-decoder.
+    ids: by slot, those of its positions, as whoever runs the graph says. leaves: whether released slots can be revived.
     """
 
     def __init__(
@@ -62,13 +56,16 @@ class Cache:
         self.specs, self.memory, self.longest = specs, memory, longest
         self.window = window
         self.most = longest if window is None else min(longest, _rounded(window + slack(window)))  # the widest buffers
-        self.slots, self.capacity = slots, min(_rounded(capacity), self.most)
-        self.buffers = [self._allocate(spec, slots, self.capacity) for spec in specs]
+        self.slots = slots
+        self.positions = PositionRows(specs, memory, slots, min(_rounded(capacity), self.most))
         self.states = FixedRows(memory, slots, [state.shape for state in states], [state.dtype for state in states])
         self.sources = sources
         self.lengths, self.dropped = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        self.ids: dict[int, list[int]] = {}
+        self.leaves = True
         self._row: dict[int, int] = {}
-        self._kept: dict[int, dict[int, Snapshot]] = {}  # of slots with states, by length
+        self._left: dict[int, int] = {}  # the rows of released slots whose content nobody has needed the place of
+        self._kept = Kept(MOST_KEPT)
         self._free = list(range(slots))
         self._next = 0
         self.generation = 0  # changes when pointers do
@@ -76,14 +73,20 @@ class Cache:
         self.moved = 0  # bytes copied from row to row so far; growing is not counted
         self.closed = False
 
-    def _allocate(self, spec: CacheSpec, slots: int, capacity: int) -> Buffer:
-        return self.memory.allocate((slots, spec.num_kv_heads, capacity, spec.head_dim), spec.dtype)
+    @property
+    def buffers(self) -> list[Buffer]:
+        """(slots, num_kv_heads, capacity, head_dim) each."""
+        return self.positions.buffers
+
+    @property
+    def capacity(self) -> int:
+        """How many positions of a slot the buffers have room for."""
+        return self.positions.capacity
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        sources = self.sources.nbytes if self.sources else 0
-        return sum(buffer.nbytes for buffer in self.buffers) + self.states.nbytes + sources
+        return self.positions.nbytes + self.states.nbytes + (self.sources.nbytes if self.sources else 0)
 
     @property
     def live(self) -> list[int]:
@@ -94,14 +97,19 @@ class Cache:
         """How many positions a slot holds."""
         return int(self.lengths[self.row(slot)])
 
-    def fits(self, slots: int, capacity: int) -> bool:
-        """Whether a cache of these sizes would be no larger than this one."""
-        return self.slots == slots and self.capacity >= min(capacity, self.most)
+    def has_room(self, capacity: int) -> bool:
+        """Whether a cache of this capacity would be no wider than this one."""
+        return self.capacity >= min(capacity, self.most)
 
     @property
     def most_at_once(self) -> int:
         """How many positions may be appended in one call."""
         return self.longest if self.window is None else max(1, self.most - self.window)
+
+    @property
+    def left(self) -> list[int]:
+        """The released slots that `revive` finds, in the order of their release."""
+        return list(self._left)
 
     def row(self, slot: int) -> int:
         if slot not in self._row:
@@ -111,25 +119,57 @@ class Cache:
     # -- slots --------------------------------------------------------------------------------------------------
     def acquire(self) -> int:
         """An empty slot. Raises InputError when all are in use."""
-        if not self._free:
+        rows = [*self._free, *self._left.values()]
+        if not rows:
             raise InputError(f"all {self.slots} slots are in use: release one, or open a cache with more")
-        row = min(self._free)
-        self._free.remove(row)
+        row = min(rows)
+        self._vacate(row)
         slot, self._next = self._next, self._next + 1
-        self._row[slot] = row
+        self._row[slot], self.ids[slot] = row, []
         self.lengths[row] = self.dropped[row] = 0
         self.states.zero(row)
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back; its number is not used again."""
+        """Give a slot back. What it held, except from a source, can be revived until its row is needed."""
         row = self.row(slot)
         del self._row[slot]
-        self._kept.pop(slot, None)
+        if self.leaves and self.sources is None and len(self.ids[slot]) == self.lengths[row] > 0:
+            self._left[slot] = row
+            self._kept.released(slot)
+            return
         self._free.append(row)
         self.lengths[row] = 0
+        self._forget(slot)
         if self.sources is not None:
             self.sources.forget(row)
+
+    def revive(self, slot: int, length: int) -> int:
+        """Take up a released slot, one of `left`, with its first `length` positions; see `reachable`."""
+        if slot not in self._left or self.reachable(slot, length) != length:
+            raise InputError(f"slot {slot} cannot be revived with {length} positions; released slots are {self.left}")
+        self._row[slot] = self._left.pop(slot)
+        self.rewind(slot, length)
+        return slot
+
+    def forget_left(self) -> None:
+        """Leave nothing of released slots to be found."""
+        for row in list(self._left.values()):
+            self._vacate(row)
+            self._free.append(row)
+
+    def _vacate(self, row: int) -> None:
+        """Take a row that no live slot has, whatever was left in it."""
+        if row in self._free:
+            self._free.remove(row)
+            return
+        slot = next(slot for slot, place in self._left.items() if place == row)
+        del self._left[slot]
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        del self.ids[slot]
+        self._kept.only(slot, ())
 
     def rewind(self, slot: int, length: int) -> None:
         """Forget all but the first `length` positions of a slot; its source stays.
@@ -150,6 +190,20 @@ class Cache:
             self._rewind_states(slot, length)
         self.lengths[row] = length
         self.dropped[row] = 0 if length == 0 else self.dropped[row]
+        del self.ids[slot][length:]
+
+    def reachable(self, slot: int, length: int) -> int:
+        """To how many positions, at most `length`, a slot that is live or left can be rewound."""
+        row = self._row[slot] if slot in self._row else self._left[slot]
+        held = int(self.lengths[row])
+        length = max(0, min(length, held))
+        if self.states.buffers and length < held:
+            length = max((kept for kept in self._kept.lengths(slot) if kept <= length), default=0)
+        return 0 if self._sees_dropped(row, length) else length
+
+    def can_copy(self, slot: int, end: int) -> bool:
+        """Whether `copy_positions` gives an empty slot what this one holds up to `end`."""
+        return end == self.length(slot) or (not self.states.buffers and self.reachable(slot, end) == end)
 
     def keep(self, slot: int) -> None:
         """Let `rewind` find the way back to what a slot holds now, for as long as no rewind goes back further.
@@ -157,26 +211,21 @@ class Cache:
         Without states every position can be gone back to; with some, each length that is kept costs a copy of them.
         """
         if self.states.buffers:
-            self._kept.setdefault(slot, {})[self.length(slot)] = self.snapshot(slot)
+            self._kept.add(slot, self.snapshot(slot))
 
     def _rewind_states(self, slot: int, length: int) -> None:
-        kept = self._kept.get(slot, {})
+        kept = self._kept.lengths(slot)
         if length and length not in kept:
             raise InputError(
                 f"slot {slot} holds {self.length(slot)} positions and states of all of them, which cannot go back to "
-                f"{length}; it can to {', '.join(map(str, sorted({0, *kept})))}: call keep(slot) where you may want to "
+                f"{length}; it can to {', '.join(map(str, [0, *kept]))}: call keep(slot) where you may want to "
                 "return to, or rewind it to 0 and prefill again"
             )
         if length:
-            self.states.put(self.row(slot), kept[length].states)
+            self.states.put(self.row(slot), self._kept.at(slot, length).states)
         else:
             self.states.zero(self.row(slot))
-        self._forget_kept(slot, length)
-
-    def _forget_kept(self, slot: int, length: int) -> None:
-        """Of what was kept of a slot, let go of all beyond `length` positions."""
-        if slot in self._kept:
-            self._kept[slot] = {n: snapshot for n, snapshot in self._kept[slot].items() if n <= length}
+        self._kept.cut(slot, length)
 
     def _sees_dropped(self, row: int, length: int) -> bool:
         """Whether the position that follows `length` others would look at one that is gone."""
@@ -194,7 +243,8 @@ class Cache:
         self.lengths[row] = 0 if gone else snapshot.length
         self.dropped[row] = 0 if gone else self.dropped[row]
         self.states.put(row, snapshot.states)
-        self._forget_kept(slot, int(self.lengths[row]))
+        del self.ids[slot][self.lengths[row] :]
+        self._kept.cut(slot, int(self.lengths[row]))
 
     def lay_out_sources(self, capacity: int) -> None:
         """Have room for exactly `capacity` positions of every source. Raises InputError where one in use is longer."""
@@ -231,7 +281,8 @@ class Cache:
         start = start if gone == 0 and self.dropped[target] == 0 else gone  # positions lie elsewhere: copy all
         self._copy_row(source, target, start - gone, end - gone)
         self.lengths[target], self.dropped[target] = end, gone
-        self._forget_kept(target_slot, start)
+        self.ids[target_slot] = self.ids[source_slot][:end]
+        self._kept.cut(target_slot, start)
 
     def reserve(self, slot: int, positions: int) -> None:
         """Make room for `positions` more in a slot. Raises LengthError past the longest length."""
@@ -248,13 +299,7 @@ class Cache:
     def _drop(self, row: int, kept: int) -> None:
         """Move the last `kept` positions of a row to its front, over what lies behind the window."""
         gone = int(self.lengths[row] - self.dropped[row]) - kept
-        for spec, buffer in zip(self.specs, self.buffers):
-            head = buffer.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
-            place, width = head // self.capacity, kept * (head // self.capacity)
-            first = buffer.pointer + row * head * spec.num_kv_heads
-            spare = self._allocate(spec, 1, kept)  # the two places may overlap
-            self.memory.copy_2d(spare.pointer, width, first + gone * place, head, width, spec.num_kv_heads)
-            self.memory.copy_2d(first, head, spare.pointer, width, width, spec.num_kv_heads)
+        self.positions.shift(row, gone, kept)
         self.dropped[row] += gone
 
     def grow(self, capacity: int) -> None:
@@ -266,14 +311,7 @@ class Cache:
         capacity = min(_rounded(capacity), self.most)
         if capacity <= self.capacity:
             return
-        grown = []
-        for spec, old in zip(self.specs, self.buffers):
-            new = self._allocate(spec, self.slots, capacity)
-            width = old.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
-            pitch = new.nbytes // (self.slots * spec.num_kv_heads)
-            self.memory.copy_2d(new.pointer, pitch, old.pointer, width, width, self.slots * spec.num_kv_heads)
-            grown.append(new)
-        self.buffers, self.capacity = grown, capacity
+        self.positions.widen(capacity)
         self.generation += 1
 
     # -- rows ---------------------------------------------------------------------------------------------------
@@ -294,8 +332,8 @@ class Cache:
             return
         other = next((s for s, row in self._row.items() if row == target), None)
         if other is None:
+            self._vacate(target)  # what was left there gives way: to exchange it would be three copies
             self._copy_row(source, target, 0, int(self.lengths[source] - self.dropped[source]))
-            self._free.remove(target)
             self._free.append(source)
             if self.sources is not None:
                 self.sources.forget(source)
@@ -307,32 +345,14 @@ class Cache:
             counts[[source, target]] = counts[[target, source]]
 
     def _copy_row(self, source: int, target: int, start: int, end: int) -> None:
-        for spec, buffer in zip(self.specs, self.buffers):
-            self.moved += self._copy_entry(spec, buffer, source, target, start, end)
+        self.moved += self.positions.copy(source, target, start, end)
         self.moved += self.states.copy(source, target)
         if self.sources is not None:
             self.moved += self.sources.copy(source, target)
 
-    def _copy_entry(self, spec: CacheSpec, buffer: Buffer, source: int, target: int, start: int, end: int) -> int:
-        """Copy what one entry holds at these places of its buffer to another row; returns how many bytes that was.
-
-        This alone knows where a position lies.
-        """
-        head = buffer.nbytes // (self.slots * spec.num_kv_heads)  # bytes of one head of one row
-        row, position = head * spec.num_kv_heads, head // self.capacity
-        first, width = buffer.pointer + start * position, (end - start) * position
-        self.memory.copy_2d(first + target * row, head, first + source * row, head, width, spec.num_kv_heads)
-        return width * spec.num_kv_heads
-
     def _swap_rows(self, one: int, other: int) -> None:
-        for spec, buffer in zip(self.specs, self.buffers):
-            size = buffer.nbytes // self.slots
-            spare = self._allocate(spec, 1, self.capacity)
-            self.memory.copy(spare, 0, buffer, one * size, size)
-            self.memory.copy(buffer, one * size, buffer, other * size, size)
-            self.memory.copy(buffer, other * size, spare, 0, size)
-            self.moved += 3 * size
-        self.moved += self.states.swap(one, other)
+        held = int((self.lengths - self.dropped)[[one, other]].max())
+        self.moved += self.positions.swap(one, other, held) + self.states.swap(one, other)
         if self.sources is not None:
             self.moved += self.sources.swap(one, other)
 
@@ -340,17 +360,39 @@ class Cache:
         """The address of `row` in every buffer."""
         if self.closed:
             raise ClosedError("the cache was closed: open another one")
-        return [buffer.pointer + row * (buffer.nbytes // self.slots) for buffer in self.buffers]
+        return self.positions.pointers(row)
+
+    # -- between caches -----------------------------------------------------------------------------------------
+    def contents(self, slot: int) -> Contents:
+        """A copy of what a slot holds. Its source is not part of it."""
+        row, ids = self.row(slot), self.ids[slot]
+        dropped = int(self.dropped[row])
+        positions = self.positions.read(row, len(ids) - dropped)
+        return Contents(tuple(ids), dropped, tuple(positions), tuple(self.states.read(row)))
+
+    def put(self, contents: Contents) -> int:
+        """A new slot that holds `contents`, of a cache of the same model."""
+        length = len(contents.ids)
+        slot = self.acquire()
+        row = self.row(slot)
+        self.reserve(slot, length - contents.dropped)
+        self.positions.write(row, contents.positions)
+        self.states.write(row, contents.states)
+        self.lengths[row], self.dropped[row] = length, contents.dropped
+        self.ids[slot] = list(contents.ids)
+        return slot
 
     def reset(self) -> None:
         """Give every slot back; the buffers stay."""
-        for slot in list(self._row):
+        for slot in self.live:
             self.release(slot)
 
     def close(self) -> None:
         """Let the memory go."""
         self.reset()
-        self.closed, self.buffers, self.bound, self.sources = True, [], None, None
+        self.forget_left()
+        self.closed, self.bound, self.sources = True, None, None
+        self.positions.buffers.clear()
         self.states.buffers.clear()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from tfinfer.errors import ClosedError, InputError, LengthError
 from tfinfer.manifest import CacheSpec
+from tfinfer.session.contents import Contents
 from tfinfer.session.decoder import Decoder, Ids, Logits
 from tfinfer.session.ort import onnxruntime
 
@@ -51,7 +52,10 @@ class ConcatCache:
         self.slots, self.capacity = slots, capacity
         empty = [np.zeros((1, spec.num_kv_heads, 0, spec.head_dim), spec.dtype) for spec in specs]
         self._empty = Held(self._block(empty, 1, 0), 0)
+        self.ids: dict[int, list[int]] = {}  # by slot, those of its positions
+        self.leaves = True  # whether released slots can be revived
         self._held: dict[int, Held] = {}
+        self._left: dict[int, Held] = {}
         self._next = self._most = 0
         self.moved = 0  # bytes copied to bring rows together or to cut them; what the graph copies is not counted
         self.closed = False
@@ -73,6 +77,11 @@ class ConcatCache:
         return list(self._held)
 
     @property
+    def left(self) -> list[int]:
+        """The released slots that `revive` finds, in the order of their release."""
+        return list(self._left)
+
+    @property
     def most_at_once(self) -> int:
         """How many positions may be appended in one call."""
         return self.longest
@@ -86,9 +95,12 @@ class ConcatCache:
         """How many positions a slot holds."""
         return self._of(slot).block.length
 
-    def fits(self, slots: int, capacity: int) -> bool:
-        """Whether a cache of these sizes would be no larger than this one."""
-        return self.slots == slots
+    def has_room(self, capacity: int) -> bool:
+        """Always: a slot takes as many positions as it holds."""
+        return True
+
+    def grow(self, capacity: int) -> None:
+        """Nothing: there is room already."""
 
     def _of(self, slot: int) -> Held:
         if self.closed:
@@ -102,14 +114,36 @@ class ConcatCache:
         """An empty slot. Raises InputError when all are in use."""
         if len(self._held) == self.slots:
             raise InputError(f"all {self.slots} slots are in use: release one, or open a cache with more")
+        if len(self._held) + len(self._left) == self.slots:
+            self._forget_left(next(iter(self._left)))
         slot, self._next = self._next, self._next + 1
-        self._held[slot] = self._empty
+        self._held[slot], self.ids[slot] = self._empty, []
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back; its number is not used again."""
-        self._of(slot)
+        """Give a slot back. What it held can be revived until its place is needed."""
+        held = self._of(slot)
         del self._held[slot]
+        if self.leaves and len(self.ids[slot]) == held.block.length > 0:
+            self._left[slot] = held
+        else:
+            del self.ids[slot]
+
+    def revive(self, slot: int, length: int) -> int:
+        """Take up a released slot, one of `left`, with its first `length` positions."""
+        if slot not in self._left or self.reachable(slot, length) != length:
+            raise InputError(f"slot {slot} cannot be revived with {length} positions; released slots are {self.left}")
+        self._held[slot] = self._left.pop(slot)
+        self.rewind(slot, length)
+        return slot
+
+    def forget_left(self) -> None:
+        """Leave nothing of released slots to be found."""
+        for slot in self.left:
+            self._forget_left(slot)
+
+    def _forget_left(self, slot: int) -> None:
+        del self._left[slot], self.ids[slot]
 
     def rewind(self, slot: int, length: int) -> None:
         """Forget all but the first `length` positions of a slot."""
@@ -117,6 +151,19 @@ class ConcatCache:
         if not 0 <= length <= held.block.length:
             raise InputError(f"slot {slot} holds {held.block.length} positions: cannot rewind it to {length}")
         self._held[slot] = self._cut(held, length)
+        del self.ids[slot][length:]
+
+    def reachable(self, slot: int, length: int) -> int:
+        """To how many positions, at most `length`, a slot that is live or left can be rewound."""
+        held = self._held[slot] if slot in self._held else self._left[slot]
+        return max(0, min(length, held.block.length))
+
+    def can_copy(self, slot: int, end: int) -> bool:
+        """Whether `copy_positions` gives an empty slot what this one holds up to `end`."""
+        return end <= self.length(slot)
+
+    def keep(self, slot: int) -> None:
+        """Nothing: every position can be gone back to."""
 
     def _cut(self, held: Held, length: int) -> Held:
         if length == held.block.length:
@@ -139,12 +186,13 @@ class ConcatCache:
         """Let a slot hold what it did when `snapshot` was taken."""
         self._of(slot)
         self._held[slot] = snapshot
+        del self.ids[slot][snapshot.block.length :]
 
     def fork(self, slot: int) -> int:
         """A new slot that holds what `slot` holds; nothing is copied."""
         held = self._of(slot)
         target = self.acquire()
-        self._held[target] = held
+        self._held[target], self.ids[target] = held, list(self.ids[slot])
         return target
 
     def copy_positions(self, source_slot: int, target_slot: int, start: int, end: int) -> None:
@@ -159,6 +207,7 @@ class ConcatCache:
                 f"slot {target_slot}, which holds {target.block.length}"
             )
         self._held[target_slot] = self._cut(source, end)
+        self.ids[target_slot] = self.ids[source_slot][:end]
 
     def reserve(self, slot: int, positions: int) -> None:
         """Check that `positions` more fit into a slot. Raises LengthError past the longest length."""
@@ -170,13 +219,37 @@ class ConcatCache:
         """Raises InputError: these slots have no sources."""
         raise InputError("this cache has no sources: open it with the open_cache of an encoder-decoder")
 
+    def contents(self, slot: int) -> Contents:
+        """A copy of what a slot holds."""
+        held = self._of(slot)
+        rows = [np.ascontiguousarray(array[0]) for array in self._arrays(held)]
+        return Contents(tuple(self.ids[slot]), 0, tuple(row.reshape(len(row), -1).view(np.uint8) for row in rows), ())
+
+    def put(self, contents: Contents) -> int:
+        """A new slot that holds `contents`, of a cache of the same model."""
+        slot, length = self.acquire(), len(contents.ids)
+        arrays = [
+            np.ascontiguousarray(held).view(spec.dtype).reshape(1, spec.num_kv_heads, length, spec.head_dim)
+            for spec, held in zip(self.specs, contents.positions, strict=True)
+        ]
+        self.hold([slot], self._block(arrays, 1, length))
+        self.ids[slot] = list(contents.ids)
+        return slot
+
+    def arrange(self, slots: Sequence[int]) -> int:
+        """Nothing: rows are brought together when they run."""
+        return 0
+
     def reset(self) -> None:
         """Give every slot back."""
-        self._held.clear()
+        for slot in self.live:
+            self.release(slot)
 
     def close(self) -> None:
         """Let the memory go."""
-        self.reset()
+        if not self.closed:
+            self.reset()
+            self.forget_left()
         self.closed = True
 
     # -- rows that run together ---------------------------------------------------------------------------------
@@ -233,6 +306,8 @@ class ConcatDecoder(Decoder):
             made.append((members, block))
         for members, block in made:
             cache.hold(members, block)
+        for slot, token in zip(slots, given.tolist()):
+            cache.ids[slot].append(token)
         return logits
 
     def _run_block(self, past: Block, ids: Ids, keep: int) -> tuple[Logits, Block]:

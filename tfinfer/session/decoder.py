@@ -125,6 +125,7 @@ class Decoder:
                 cache.reserve(slot, len(piece))
                 left -= len(piece)
                 pieces.append(self._append(cache, slot, piece, max(1, min(len(piece), keep - left))))
+                cache.ids[slot] += piece.tolist()
         except Exception:
             cache.restore(slot, snapshot)
             raise
@@ -174,7 +175,10 @@ class Decoder:
         bound = cache.bound
         if not isinstance(bound, BoundStep) or bound.key != (id(self), cache.generation, first, len(slots)):
             bound = cache.bound = BoundStep(self, cache, first, len(slots))
-        return bound.run(ids)
+        logits = bound.run(ids)
+        for slot, token in zip(slots, bound.ids[:, 0].tolist()):
+            cache.ids[slot].append(token)
+        return logits
 
     def _binding(self) -> Any:
         if self._session is None:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tfinfer.session.memory import Buffer, CudaMemory, HostMemory
+
+Bytes = npt.NDArray[np.uint8]
 
 
 class FixedRows:
@@ -62,6 +67,15 @@ class FixedRows:
         """Let a row be again what `taken` gave."""
         for buffer, copy in zip(self.buffers, taken, strict=True):
             self.memory.copy(buffer, row * self._size(buffer), copy, 0, self._size(buffer))
+
+    def read(self, row: int) -> list[Bytes]:
+        """The bytes of a row of every buffer, on the host."""
+        return [self.memory.read(copy) for copy in self.taken(row)]
+
+    def write(self, row: int, held: Sequence[Bytes]) -> None:
+        """Let a row be what `read` gave."""
+        arrays = [np.ascontiguousarray(array) for array in held]
+        self.put(row, [Buffer(array.ctypes.data, array.shape, "uint8", array.nbytes, array) for array in arrays])
 
     def _size(self, buffer: Buffer) -> int:
         """Bytes of one row."""

@@ -53,9 +53,9 @@ class HostMemory:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Make a buffer of zeros."""
-        nbytes = math.prod(shape) * _stored(dtype).itemsize
+        nbytes = math.prod(shape) * stored(dtype).itemsize
         try:
-            owner = np.zeros(shape, _stored(dtype))
+            owner = np.zeros(shape, stored(dtype))
         except (MemoryError, ValueError) as cause:  # ValueError: more bytes than addresses
             raise ProviderError(f"cpu: no memory for {nbytes} bytes, {dtype} {shape}") from cause
         return Buffer(owner.ctypes.data, tuple(shape), dtype, nbytes, owner)
@@ -83,7 +83,7 @@ class HostMemory:
 
     def read(self, buffer: Buffer) -> npt.NDArray[Any]:
         """Return a copy; bfloat16 comes back as float32."""
-        array = np.empty(buffer.shape, _stored(buffer.dtype))
+        array = np.empty(buffer.shape, stored(buffer.dtype))
         ctypes.memmove(array.ctypes.data, buffer.pointer, buffer.nbytes)
         return _widen(array, buffer.dtype)
 
@@ -117,7 +117,7 @@ class CudaMemory:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Make a buffer of zeros."""
-        nbytes = math.prod(shape) * _stored(dtype).itemsize
+        nbytes = math.prod(shape) * stored(dtype).itemsize
         # bindings refuse the null pointer that an allocation of nothing may give
         asked = tuple(shape) if nbytes else (1,)
         try:
@@ -150,7 +150,7 @@ class CudaMemory:
 
     def read(self, buffer: Buffer) -> npt.NDArray[Any]:
         """Return a copy on the host; bfloat16 comes back as float32."""
-        array = np.empty(buffer.shape, _stored(buffer.dtype))
+        array = np.empty(buffer.shape, stored(buffer.dtype))
         self._call("cudaMemcpy", array.ctypes.data, buffer.pointer, buffer.nbytes, _ANY_TO_ANY)
         return _widen(array, buffer.dtype)
 
@@ -207,7 +207,7 @@ def _ort_value(shape: tuple[int, ...], element_type: int, device_id: int) -> Any
     return onnxruntime().OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, "cuda", device_id)
 
 
-def _stored(dtype: str) -> np.dtype[Any]:
+def stored(dtype: str) -> np.dtype[Any]:
     """The numpy type that holds `dtype`."""
     if dtype not in ELEMENT_TYPES:
         raise InputError(f"dtype: expected one of {', '.join(sorted(ELEMENT_TYPES))}, got {dtype!r}")

@@ -71,6 +71,7 @@ class Batch:
     Iterate over `tokens()`; `finish(index)` ends a prompt from outside (a stop string), `cancel` ends them all.
 
     slots: one per prompt, acquired already; the prompt is appended to what it holds (a source). They are given back.
+    held: how many of the first ids of each prompt its slot holds; the rest is prefilled.
     """
 
     decoder: DecodesIds
@@ -81,6 +82,7 @@ class Batch:
     vocab_size: int
     cancel: threading.Event | None = None
     slots: Sequence[int] | None = None
+    held: Sequence[int] = ()
     _ended: set[int] = field(default_factory=set)
 
     def finish(self, index: int) -> None:
@@ -97,7 +99,8 @@ class Batch:
             for index, prompt in enumerate(self.prompts):
                 if self.slots is None:
                     rows.append(_Row(index, self.cache.acquire()))
-                logits.append(self.decoder.prefill(self.cache, rows[index].slot, prompt)[-1])
+                rest = prompt[self.held[index] :] if self.held else prompt
+                logits.append(self.decoder.prefill(self.cache, rows[index].slot, rest)[-1])
             yield from self._continue(rows, np.stack(logits), history, draws)
         finally:
             for row in rows:
