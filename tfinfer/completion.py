@@ -12,10 +12,12 @@ from tfinfer.tokens.sampling import TokenLogprobs
 
 @dataclass(frozen=True)
 class Usage:
-    """How many tokens went in and came out."""
+    """How many tokens went in and came out, and how many were drafted and how many of these were right."""
 
     prompt_tokens: int
     completion_tokens: int
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

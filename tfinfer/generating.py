@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+from tfinfer import speculation
 from tfinfer.completion import Chunk, Completion, Timings, Usage
 from tfinfer.errors import ClosedError, InputError, ManifestError
 from tfinfer.manifest import FILE_NAME, Manifest
@@ -19,6 +20,8 @@ from tfinfer.session.encoder_decoder import EncoderDecoder
 from tfinfer.tokens.beams import Penalties, beam_search
 from tfinfer.tokens.generate import Batch, check_lengths
 from tfinfer.tokens.hypotheses import Hypothesis
+from tfinfer.tokens.sampling import choose
+from tfinfer.tokens.speculate import Speculating
 from tfinfer.tokens.text import RowText
 
 
@@ -108,6 +111,7 @@ class GeneratingModel(Model):
         settings = read_settings(options, self.manifest)
         if settings.stop:
             self._need_tokenizer("a stop string")
+        speculation.check(self, settings)
         given, single = self._given(prompt)
         most, longest = settings.limits.max_tokens, self.manifest.max_length
         if not isinstance(self.decoder, EncoderDecoder):
@@ -131,6 +135,8 @@ class GeneratingModel(Model):
             stop_ids=None (the model's own; [] for none), logprobs=0 (how many per token), cancel=None (an Event).
             num_beams=1 (above it, a beam search, which takes no sampling, stop strings or logprobs),
             length_penalty=1.0, early_stopping=False (True, "never"), num_return_sequences=1: see `BeamParams`.
+            lookup=False (draft tokens from what stands in the text already), draft=None (a smaller model, loaded, of
+            the same vocabulary, that drafts): the same tokens, sampled ones by the same distribution, sooner.
 
         Returns a Completion, or a list of them for a list of prompts; with num_return_sequences above 1 a list of at
         most so many, best first, in place of each Completion. Raises InputError or LengthError.
@@ -160,8 +166,8 @@ class GeneratingModel(Model):
         return self._chunks(request)
 
     def _chunks(self, request: Request) -> Iterator[Chunk]:
-        with self._lent(request) as cache:
-            yield from self._run(request, cache)
+        with self._lent(request) as cache, speculation.speculating(self, request) as speculating:
+            yield from self._run(request, cache, speculating)
 
     def _encoded(self, request: Request, cache: Cache) -> list[int] | None:
         """A slot for each source, which is encoded into it; None for a decoder."""
@@ -173,10 +179,10 @@ class GeneratingModel(Model):
             decoder.encode(cache, slot, source)
         return slots
 
-    def _run(self, request: Request, cache: Cache) -> Iterator[Chunk]:
+    def _run(self, request: Request, cache: Cache, speculating: Speculating | None) -> Iterator[Chunk]:
         started, settings = time.perf_counter(), request.settings
         batch = Batch(
-            self.decoder,
+            speculating or self.decoder,
             cache,
             request.prompts,
             settings.params,
@@ -184,6 +190,7 @@ class GeneratingModel(Model):
             self.manifest.num_logits,
             settings.cancel,
             self._encoded(request, cache),
+            speculating.choose if speculating else choose,
         )
         texts = [RowText(self.tokenizer, ids, settings.stop) for ids in request.shown]
         firsts: dict[int, float] = {}
@@ -202,7 +209,8 @@ class GeneratingModel(Model):
                     yield Chunk(row, text, ids, None, token.logprobs)
                     continue
                 batch.finish(row)
-                usage = Usage(len(request.given[row]), counts[row])
+                drafted = speculating.counts(row) if speculating else ()
+                usage = Usage(len(request.given[row]), counts[row], *drafted)
                 timings = Timings(firsts[row] - started, now - firsts[row])
                 yield Chunk(row, text, ids, reason, token.logprobs, usage, timings)
 

@@ -1,0 +1,126 @@
+"""How many tokens to draft: by how often drafts were right, and by what passes were measured to take.
+
+Knows numbers only: no tokens, no graph, no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+LENGTHS = (1, 2, 4, 8, 16)  # of drafts; what a pass takes is measured for each
+MARGIN = 1.05  # what speculating must promise, for estimates are noisy
+_MEMORY = 0.95  # what an outcome weighs after the next one: about the last twenty count
+_LATEST = 5  # measurements of one kind of pass that are kept
+_STALE = 128  # passes after which a measurement counts no more, so that a disturbed one does no lasting harm
+_HOPE = 1 / 32  # of a step, for each further token of a pass that was not measured: hopeful, so that it is tried
+_PAUSE = 16  # tokens
+
+
+class Pace:
+    """Chooses the length of the next draft.
+
+    With `a` the share of drafted tokens that were right lately (of the same kind), a draft of `k` tokens makes
+
+        E(k) = 1 + a + a^2 + ... + a^k
+
+    tokens, and takes
+
+        S(k) = D(k) + T(k + 1) + R(k)
+
+    seconds: D(k) for the draft, T(n) for a pass of n tokens, and for a model whose states cannot be taken back
+    R(k) = (1 - a^k) (T(k + 1) - T(1)), the accepted tokens fed once more. A step of the plain loop makes one token in
+    T(1). The `k` of LENGTHS with the largest E(k) T(1) / S(k) is taken where that is at least MARGIN, otherwise none.
+    T and D are the least of the last few measurements; what was not measured yet lies between its neighbours, or a
+    little above the nearest shorter one. Until T(1) is known, nothing is drafted.
+
+    free: guesses cost nothing, and so are judged while none are made: drafting begins again as soon as it would pay.
+    Otherwise it pauses for 16 tokens, then starts with a new estimate, and each further pause is twice as long until
+    drafting pays again. redo: whether R is paid.
+    """
+
+    def __init__(self, *, free: bool, redo: bool = False) -> None:
+        self.free, self.redo = free, redo
+        self._passes, self._drafts = _Seconds(), _Seconds()
+        self._right: dict[int, tuple[float, float]] = {}  # by kind: right ones and all, the older the lighter
+        self._pause, self._wait = _PAUSE, 0
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """A pass of so many tokens took so long; one of one token is a step of the plain loop."""
+        if tokens == 1 or tokens - 1 in LENGTHS:
+            self._passes.add(tokens, seconds)
+
+    def drafted(self, tokens: int, seconds: float) -> None:
+        """A draft of so many tokens took so long."""
+        self._drafts.add(tokens, seconds)
+
+    def judged(self, kind: int, right: bool) -> None:
+        """A drafted token of this kind was accepted or not."""
+        good, count = self._right.get(kind, (0.0, 0.0))
+        self._right[kind] = good * _MEMORY + right, count * _MEMORY + 1
+
+    def acceptance(self, kind: int) -> float:
+        """The share of right ones, as if one of two had been right before the first."""
+        good, count = self._right.get(kind, (0.0, 0.0))
+        return (good + 1) / (count + 2)
+
+    def length(self, kind: int, most: int) -> int:
+        """How many tokens to draft, at most `most`; 0 where it does not pay."""
+        if most < 1 or not self._passes.known(1):
+            return 0
+        if self._wait:
+            self._wait -= 1
+            if not self._wait:
+                self._right.clear()
+            return 0
+        gain, length = max(((self.gain(kind, k), k) for k in LENGTHS if k <= most), default=(0.0, 0))
+        if gain >= MARGIN:
+            if self.acceptance(kind) > 0.5:  # it was seen to pay; at first it is only hoped for
+                self._pause = _PAUSE
+            return length
+        if not self.free:
+            self._wait, self._pause = self._pause, 2 * self._pause
+        return 0
+
+    def gain(self, kind: int, length: int) -> float:
+        """How many times the plain loop's tokens per second a draft of this length promises; see the class."""
+        a, step = self.acceptance(kind), self._passes.of(1)
+        seconds = self._passes.of(length + 1)
+        made = (1 - a ** (length + 1)) / (1 - a)
+        if self.redo:
+            seconds += (1 - a**length) * max(0.0, seconds - step)
+        if not self.free:
+            seconds += self._drafts.of(length, step)
+        return made * step / seconds
+
+
+class _Seconds:
+    """What passes of each number of tokens took lately."""
+
+    def __init__(self) -> None:
+        self._latest: dict[int, deque[float]] = {}
+        self._when: dict[int, int] = {}
+        self._now = 0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._now += 1
+        if not self.known(tokens):
+            self._latest[tokens] = deque(maxlen=_LATEST)
+        self._latest[tokens].append(seconds)
+        self._when[tokens] = self._now
+
+    def known(self, tokens: int) -> bool:
+        return tokens in self._when and self._now - self._when[tokens] < _STALE
+
+    def of(self, tokens: int, step: float = 0.0) -> float:
+        """Seconds of a pass; `step` is what a token is measured by where nothing at all is known."""
+        known = [n for n in self._latest if self.known(n)]
+        below = max((n for n in known if n <= tokens), default=0)
+        above = min((n for n in known if n >= tokens), default=0)
+        if below == tokens:
+            return min(self._latest[tokens])
+        least = min(self._latest[below]) if below else 0.0
+        if above:
+            most = min(self._latest[above])
+            return least + max(0.0, most - least) * (tokens - below) / (above - below)
+        unit = min(self._latest[1]) if self.known(1) else step
+        return least + (tokens - below) * unit * _HOPE
