@@ -24,8 +24,8 @@ class Places(Draws, Protocol):
 class Own:
     """Numbers that nobody else draws: the loop takes or refuses what was drawn by its distribution."""
 
-    def __init__(self) -> None:
-        self._generator = np.random.default_rng()
+    def __init__(self, seed: int | None = None) -> None:
+        self._generator = np.random.default_rng(seed)
 
     def at(self, position: int) -> None:
         """All places are alike."""
