@@ -7,8 +7,8 @@ copier (kept in out/copier). The deep one is the copier with 28 more layers of s
 a larger model, with the copier as its draft. Copy-heavy prompts are pieces of the standard library that training did
 not see, with their own first line after them. Random text: random ids in, sampled at temperature 1.
 
-All in one process, in turns; printed are the median of the rounds, and how many times the plain loop's tokens per second
-in the same round with its spread. Only decoding is timed, not the prompt. The last line is JSON.
+All in one process, in turns; printed are the median of the rounds, and how many times the plain loop's tokens per
+second in the same round with its spread. Only decoding is timed, not the prompt. The last line is JSON.
 """
 
 from __future__ import annotations

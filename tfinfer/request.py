@@ -121,7 +121,9 @@ def read_settings(options: Mapping[str, Any], manifest: Manifest) -> Settings:
     limits = Limits(options["max_tokens"], frozenset(ends), options.get("logprobs", 0), ids.forced_eos)
     stop = stop_strings(options.get("stop"))
     beams = BeamParams(**{"num_beams": 1, **{name: options[name] for name in BEAMS if name in options}})
-    lookup, draft = bool(options.get("lookup")), options.get("draft")
+    lookup, draft = options.get("lookup", False), options.get("draft")
+    if not isinstance(lookup, bool):
+        raise InputError(f"lookup: expected True or False, got {lookup!r}")
     _check_beams(beams, params, limits, stop)
     if lookup and draft is not None:
         raise InputError("lookup and draft: both propose tokens: give one of them")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tfinfer.errors import InputError
+from tfinfer.errors import ClosedError, InputError
 from tfinfer.manifest import Manifest
 from tfinfer.model import Model
 from tfinfer.request import Request, Settings
@@ -51,6 +51,8 @@ def _check_draft(model: GeneratingModel, draft: object) -> None:
     for what, manifest in (("draft", draft.manifest), ("draft: it drafts for decoders; this model", model.manifest)):
         if manifest.kind != "decoder":
             raise InputError(f"{what}: expected a decoder, got an {manifest.kind}: for this one use lookup, or neither")
+    if draft._closed:
+        raise ClosedError("draft: the model was closed: load it again")
     ours, theirs = model.manifest, draft.manifest
     if (ours.num_logits, ours.vocab_size) != (theirs.num_logits, theirs.vocab_size):
         raise InputError(

@@ -104,6 +104,6 @@ def test_one_slow_pass_does_no_lasting_harm():
     assert pace.length(2, 99) == longest
     pace.passed(longest + 1, 99.0)
     assert pace.length(2, 99) != longest
-    for _ in range(130):
+    for _ in range(2 * 96):
         pace.passed(1, 1.0)
     assert pace.length(2, 99) == longest

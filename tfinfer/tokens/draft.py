@@ -96,6 +96,10 @@ class ModelDraft:
         """All guesses are of one kind; there are none where the text is too long for this model."""
         return 0 if len(self._ids) < self.max_length else None
 
+    def guess(self) -> int:
+        """As the first of a draft, at its cost."""
+        return self.propose(1).ids[0]
+
     def propose(self, count: int) -> Draft:
         """At most `count` tokens, fewer where the model has no more room."""
         count = min(count, self.max_length - len(self._ids))

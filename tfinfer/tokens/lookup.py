@@ -39,9 +39,11 @@ class Lookup:
         if not places:
             return None
         longest = 0
-        for place in reversed(places[-_PLACES:]):  # of equally long ones the latest
+        for place in places[: -_PLACES - 1 : -1]:  # of equally long ones the latest
             if (same := self._same(place)) > longest:
                 longest, self._start = same, place
+                if same == _LONGEST:
+                    break
         return longest.bit_length()
 
     def _same(self, place: int) -> int:
@@ -50,6 +52,10 @@ class Lookup:
         while same < _LONGEST and same < place and ids[place - 1 - same] == ids[-1 - same]:
             same += 1
         return same
+
+    def guess(self) -> int:
+        """The token that followed."""
+        return self._ids[self._start]
 
     def propose(self, count: int) -> Draft:
         """`count` tokens, after `kind` found where from. Where the place's own end is reached, it repeats itself."""

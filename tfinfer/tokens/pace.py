@@ -11,7 +11,7 @@ LENGTHS = (1, 2, 4, 8, 16)  # of drafts; what a pass takes is measured for each
 MARGIN = 1.05  # what speculating must promise, for estimates are noisy
 _MEMORY = 0.95  # what an outcome weighs after the next one: about the last twenty count
 _LATEST = 5  # measurements of one kind of pass that are kept
-_STALE = 128  # passes after which a measurement counts no more, so that a disturbed one does no lasting harm
+_STALE = 96  # passes, or up to twice as many, after which a measurement counts no more: it may have been disturbed
 _HOPE = 1 / 8  # of a step, for each further token of a pass that was not measured: hopeful, so that it is tried
 _PAUSE = 16  # tokens
 
@@ -109,14 +109,20 @@ class _Seconds:
 
     def add(self, tokens: int, seconds: float) -> None:
         self._now += 1
-        for stale in [n for n, when in self._when.items() if self._now - when > _STALE]:
-            del self._latest[stale], self._when[stale]
-            self.known.pop(stale, None)
-        latest = self._latest.setdefault(tokens, deque(maxlen=_LATEST))
+        if self._now % _STALE == 0:
+            self._forget()
+        latest = self._latest.get(tokens)
+        if latest is None:
+            latest = self._latest[tokens] = deque(maxlen=_LATEST)
         latest.append(seconds)
         self._when[tokens] = self._now
         if len(latest) > 1:
             self.known[tokens] = min(latest)
+
+    def _forget(self) -> None:
+        for stale in [n for n, when in self._when.items() if self._now - when >= _STALE]:
+            del self._latest[stale], self._when[stale]
+            self.known.pop(stale, None)
 
     def of(self, tokens: int, step: float) -> float:
         """Seconds of a pass of so many tokens; `step` is what further ones are measured by that were not tried."""

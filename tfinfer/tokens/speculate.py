@@ -42,6 +42,7 @@ class Drafter(Protocol):
 
     def add(self, token: int) -> None: ...
     def kind(self) -> int | None: ...  # which guesses a guess of now is as good as; None: there is none
+    def guess(self) -> int: ...  # the first token of what `propose` would give, of one that is free
     def propose(self, count: int) -> Draft: ...  # `count` tokens at most
     def close(self) -> None: ...
 
@@ -108,6 +109,7 @@ class Speculating:
         self.decoder, self.max_tokens, self.has_states, self._clock = decoder, max_tokens, has_states, clock
         self.rows = [Row(drafter, Pace(free=drafter.free, redo=has_states)) for drafter in drafters]
         self._of: dict[int, Row] = {}
+        self._last: Row | None = None  # the one that is left
 
     def close(self) -> None:
         """Let the drafters go."""
@@ -129,22 +131,24 @@ class Speculating:
 
     def choose(self, logits: Logits, history: History, params: SamplingParams, draws: Sequence[Draws]) -> Ids:
         """As `sampling.choose`, and in the same distribution; a token drawn from a known one is taken or refused."""
-        drafted = next((row.ahead[0] for row in self._of.values() if row.ahead), None)  # of the one row that is left
-        if drafted is None or drafted.distribution is None:
-            return choose(logits, history, params, draws)
-        return choose_or_refuse(logits, history, params, draws[0], drafted.token, drafted.distribution)
+        if self._last is not None and self._last.ahead:
+            drafted = self._last.ahead[0]
+            if drafted.distribution is not None:
+                return choose_or_refuse(logits, history, params, draws[0], drafted.token, drafted.distribution)
+        return choose(logits, history, params, draws)
 
     def step(self, cache: Any, slots: Sequence[int], ids: Ids) -> Logits:
         """As the decoder's, of ids that were chosen from the logits before."""
-        rows = [self._of[slot] for slot in slots]
-        for row, token in zip(rows, ids.tolist()):
+        for slot, token in zip(slots, ids.tolist()):
+            row = self._of[slot]
             row.drafter.add(token)
             row.generated += 1
-        if len(rows) > 1:
+        if len(slots) > 1:
             return self.decoder.step(cache, slots, ids)
-        return self._step(cache, slots[0], rows[0], int(ids[0]))
+        self._last = row
+        return self._step(cache, slots, row, ids, token)
 
-    def _step(self, cache: Any, slot: int, row: Row, token: int) -> Logits:
+    def _step(self, cache: Any, slots: Sequence[int], row: Row, ids: Ids, token: int) -> Logits:
         if row.ahead:
             checked = row.ahead.popleft()
             self._judge(row, checked.token == token)
@@ -152,18 +156,18 @@ class Speculating:
                 row.accepted += 1
                 row.since.append(token)
                 return checked.logits[None]
-            self._forget(cache, slot, row)
+            self._forget(cache, slots[0], row)
         elif row.guess is not None:
             self._judge(row, row.guess == token)
         row.kind, row.guess = row.drafter.kind(), None
         if row.again:
-            ids, row.again = [*row.again, token], []
-            return self.decoder.prefill(cache, slot, ids)
+            right, row.again = [*row.again, token], []
+            return self.decoder.prefill(cache, slots[0], right)
         draft = self._draft(row)
         if draft is not None:
-            return self._verify(cache, slot, row, token, draft)
+            return self._verify(cache, slots[0], row, token, draft)
         started = self._clock()
-        logits = self.decoder.step(cache, [slot], np.array([token]))
+        logits = self.decoder.step(cache, slots, ids)
         row.pace.passed(1, self._clock() - started)
         return logits
 
@@ -186,7 +190,7 @@ class Speculating:
             return draft if draft.ids else None
         row.drafts_on = False
         if row.drafter.free:
-            row.guess = row.drafter.propose(1).ids[0]
+            row.guess = row.drafter.guess()
         return None
 
     def _verify(self, cache: Any, slot: int, row: Row, token: int, draft: Draft) -> Logits:
