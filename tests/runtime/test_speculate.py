@@ -155,14 +155,26 @@ def test_the_tokens_are_those_of_the_plain_loop(kind, name):
 def test_states_go_back_to_a_snapshot_and_take_the_right_tokens_once_more(kind):
     prompt, decoder, params = [1, 2, 3, 1, 2], Random(cache=WithStates), PARAMS["sampled"]
     plain = tokens_of(Random(), [prompt], params)
-    small = Random(9, like=decoder, noise=0.3, cache=WithStates)
     drafter = Lookup(prompt)
     if kind == "draft":
+        small = Random(9, like=decoder, noise=0.3, cache=WithStates)
         drafter = ModelDraft(small, prompt, params, Shared(3), VOCAB, capacity=99, max_length=99, has_states=True)
-    speculating = speculate(decoder, [drafter], 60, has_states=True)
+    speculating = speculate(decoder, [drafter], 60, lengths=(3,), has_states=True)
     assert tokens_of(speculating, [prompt], params) == plain
     proposed, accepted = speculating.counts(0)
     assert proposed > accepted > 0
+
+
+def test_a_draft_with_states_guesses_what_it_would_without():
+    decoder, prompt, params, counts = Random(), [1, 2, 3, 1, 2], PARAMS["sampled"], []
+    for cache in (Texts, WithStates):
+        small, states = Random(9, like=decoder, noise=0.6, cache=cache), cache is WithStates
+        drafter = ModelDraft(small, prompt, params, Shared(3), VOCAB, capacity=99, max_length=99, has_states=states)
+        speculating = speculate(decoder, [drafter], 60)
+        tokens_of(speculating, [prompt], params)
+        counts.append(speculating.counts(0))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > counts[0][1] + 5
 
 
 def test_a_stop_id_within_a_draft_ends_it_and_the_slot_is_given_back():
@@ -349,6 +361,7 @@ def test_a_lookup_takes_what_followed_the_longest_match_the_latest_of_equals():
     assert guess([9, 1, 2, 3, 8, 1, 2, 4, 9, 1, 2], 1) == (2, [3])  # three tokens stood before the first
     assert guess([1, 2, 3, 1, 2, 4, 1, 2], 1) == (2, [4])
     assert guess([*range(20), *range(12)], 3) == (4, [12, 13, 14])
+    assert guess([*range(80), *range(70)], 1) == (6, [70])
     assert guess([5, 6, 7, 8, 1, 5, 6, 7, 8], 1) == (3, [1])
 
 

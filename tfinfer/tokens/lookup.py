@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from tfinfer.tokens.speculate import Draft
 
-_PLACES = 4  # of earlier places with the same last two tokens, the latest that are looked at
-_LONGEST = 8  # tokens that are compared backwards at most
+_PLACES = 6  # of earlier places with the same last two tokens, the latest that are looked at
+_LONGEST = 32  # tokens that are compared backwards at most
 
 
 class Lookup:
@@ -33,7 +33,7 @@ class Lookup:
         ids.append(token)
 
     def kind(self) -> int | None:
-        """How much stood before: 2 for two or three tokens, 3 for up to seven, 4 for more; None for no guess."""
+        """How many of the last tokens stood there before, in bits: 2 for two or three, 3 for up to seven; None for none."""
         ids = self._ids
         places = self._behind.get((ids[-2], ids[-1])) if len(ids) >= 2 else None
         if not places:
