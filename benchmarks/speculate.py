@@ -167,12 +167,14 @@ def main() -> None:
     with tfinfer.load(small, threads=a.threads) as copier, tfinfer.load(large, threads=a.threads) as larger:
         for name, model, draft in (("copier", copier, None), ("deep", larger, copier)):
             ways: dict[str, Any] = {"plain": {}, "lookup": {"lookup": True}}
-            ways |= {"draft": {"draft": draft}} if draft else {}
-            for kind, rows, options in (
+            texts: list[tuple[str, list[list[int]], dict[str, Any]]] = [
                 ("copy", with_copies, {}),
                 ("random", random, {"temperature": 1.0, "seed": 1}),
-                ("random, unseeded", random, {"temperature": 1.0}),
-            ):
+            ]
+            if draft:
+                ways["draft"] = {"draft": draft}
+                texts.append(("unseeded", random, {"temperature": 1.0}))
+            for kind, rows, options in texts:
                 for number, ids in enumerate(rows):
                     found = compare(model, ids, a, ways, **options)
                     results.append({"model": name, "text": f"{kind} {number + 1}", **found})

@@ -90,10 +90,13 @@ class Eager:
     def length(self, kind, most):
         return min(most, next(self.lengths))
 
-    def judged(self, kind, right):
+    def judged(self, kind, right, made=True):
         self.outcomes.append(right)
 
     def passed(self, tokens, seconds):
+        pass
+
+    def repaired(self, seconds):
         pass
 
     drafted = passed
@@ -347,6 +350,54 @@ def test_drawing_by_itself_a_draft_is_right_more_often_than_with_the_loops_numbe
         proposed, accepted = speculating.counts(0)
         rates[type(draws)] = accepted / proposed
     assert rates[Own] > rates[Shared] + 0.03
+
+
+# -- what it saves, by a clock that the decoders turn ----------------------------------------------------------------
+class Timed(Random):
+    """Passes take time on a clock of their own: a step `cost`, each further token of a pass a part of it."""
+
+    def __init__(self, clock, cost, each=0.1, **options):
+        super().__init__(**options)
+        self.clock, self.cost, self.each = clock, cost, each
+
+    def prefill(self, cache, slot, ids, *, keep=1):
+        self.clock[0] += self.cost * (1 + self.each * (len(ids) - 1))
+        return super().prefill(cache, slot, ids, keep=keep)
+
+
+def seconds(clock, decoder, params, drafter=None, most=400):
+    """How long the tokens take behind a prompt, on the clock."""
+    if drafter is not None:
+        decoder = Speculating(decoder, [drafter], most, clock=lambda: clock[0])
+    before = clock[0]
+    tokens_of(decoder, [[1, 2]], params, most)
+    return clock[0] - before
+
+
+def test_text_that_repeats_itself_takes_half_the_time_and_random_text_no_longer():
+    clock = [0.0]
+    decoder = Timed(clock, 1.0)
+    plain = seconds(clock, decoder, SamplingParams())
+    assert plain / seconds(clock, decoder, SamplingParams(), Lookup([1, 2])) > 2  # greedy ends in a circle
+    random = SamplingParams(temperature=50.0, seed=1)
+    plain = seconds(clock, decoder, random)
+    assert plain / seconds(clock, decoder, random, Lookup([1, 2])) > 0.95
+
+
+def test_a_pass_that_costs_as_much_as_its_steps_is_given_up():
+    clock = [0.0]
+    decoder = Timed(clock, 1.0, each=1.2)
+    plain = seconds(clock, decoder, SamplingParams())
+    assert plain / seconds(clock, decoder, SamplingParams(), Lookup([1, 2])) > 0.95
+
+
+@pytest.mark.parametrize(("cost", "noise", "least"), [(0.1, 0.1, 1.8), (0.1, 9.0, 0.95), (1.0, 0.0, 0.95)])
+def test_a_draft_that_pays_is_used_and_one_that_does_not_is_left(cost, noise, least):
+    clock, params = [0.0], SamplingParams(temperature=1.0, seed=4)
+    decoder = Timed(clock, 1.0)
+    small = Timed(clock, cost, seed=9, like=decoder, noise=noise)
+    drafter = ModelDraft(small, [1, 2], params, Shared(4), VOCAB, capacity=999, max_length=999)
+    assert seconds(clock, decoder, params) / seconds(clock, decoder, params, drafter) > least
 
 
 # -- looking up -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Lookup:
         ids.append(token)
 
     def kind(self) -> int | None:
-        """How many of the last tokens stood there before, in bits: 2 for two or three, 3 for up to seven; None for none."""
+        """The bits of how many of the last tokens stood before: 2 for two or three, 6 for 32; None for no guess."""
         ids = self._ids
         places = self._behind.get((ids[-2], ids[-1])) if len(ids) >= 2 else None
         if not places:

@@ -41,7 +41,7 @@ class Drafter(Protocol):
     free: bool  # whether a guess costs next to nothing
 
     def add(self, token: int) -> None: ...
-    def kind(self) -> int | None: ...  # which guesses a guess of now is as good as; None: there is none
+    def kind(self) -> int | None: ...  # how good a guess of now is, judged with its like; None: there is none
     def guess(self) -> int: ...  # the first token of what `propose` would give, of one that is free
     def propose(self, count: int) -> Draft: ...  # `count` tokens at most
     def close(self) -> None: ...
@@ -158,11 +158,10 @@ class Speculating:
                 return checked.logits[None]
             self._forget(cache, slots[0], row)
         elif row.guess is not None:
-            self._judge(row, row.guess == token)
+            self._judge(row, row.guess == token, made=False)
         row.kind, row.guess = row.drafter.kind(), None
         if row.again:
-            right, row.again = [*row.again, token], []
-            return self.decoder.prefill(cache, slots[0], right)
+            return self._repair(cache, slots[0], row, token)
         draft = self._draft(row)
         if draft is not None:
             return self._verify(cache, slots[0], row, token, draft)
@@ -171,9 +170,9 @@ class Speculating:
         row.pace.passed(1, self._clock() - started)
         return logits
 
-    def _judge(self, row: Row, right: bool) -> None:
+    def _judge(self, row: Row, right: bool, *, made: bool = True) -> None:
         assert row.kind is not None
-        row.pace.judged(row.kind, right)
+        row.pace.judged(row.kind, right, made=made)
 
     def _draft(self, row: Row) -> Draft | None:
         """What is worth a pass of several tokens; None where nothing is."""
@@ -205,6 +204,14 @@ class Speculating:
             drawn_from = draft.distributions[place] if draft.distributions else None
             row.ahead.append(Checked(token, logits[place + 1], drawn_from))
         return logits[:1]
+
+    def _repair(self, cache: Any, slot: int, row: Row, token: int) -> Logits:
+        """Feed the right tokens once more, and the new one with them."""
+        right, row.again = [*row.again, token], []
+        started = self._clock()
+        logits = self.decoder.prefill(cache, slot, right)
+        row.pace.repaired(self._clock() - started)
+        return logits
 
     def _forget(self, cache: Any, slot: int, row: Row) -> None:
         """Take back what was drafted and not chosen: the one just refused and all ahead of it."""
