@@ -115,7 +115,7 @@ def test_guesses_that_cost_pause_twice_as_long_each_time_until_they_pay():
 
 
 def test_drafts_that_promise_more_than_they_make_pause():
-    """Right ones that come in clusters look better than they are: here a draft makes three tokens in the time of four."""
+    """Right ones that come in clusters look better than they are: three tokens here in the time of four."""
     pace = outcomes(measured(Pace(free=True), lambda n: 1 + 3 / 16 * (n - 1)), 2, 0.9)
     for _ in range(8):
         pace.passed(17, 4.0)
