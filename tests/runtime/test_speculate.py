@@ -10,7 +10,7 @@ from tfinfer.tokens.draft import ModelDraft, Own, Shared
 from tfinfer.tokens.generate import Batch, Limits
 from tfinfer.tokens.lookup import Lookup
 from tfinfer.tokens.sampling import History, SamplingParams, distribution
-from tfinfer.tokens.speculate import Draft, Speculating
+from tfinfer.tokens.speculate import Speculating
 
 VOCAB = 6
 
@@ -398,32 +398,3 @@ def test_a_draft_that_pays_is_used_and_one_that_does_not_is_left(cost, noise, le
     small = Timed(clock, cost, seed=9, like=decoder, noise=noise)
     drafter = ModelDraft(small, [1, 2], params, Shared(4), VOCAB, capacity=999, max_length=999)
     assert seconds(clock, decoder, params) / seconds(clock, decoder, params, drafter) > least
-
-
-# -- looking up -----------------------------------------------------------------------------------------------------
-def guess(ids, count):
-    drafter = Lookup(ids)
-    return (kind := drafter.kind()) and (kind, drafter.propose(count).ids)
-
-
-def test_a_lookup_takes_what_followed_the_longest_match_the_latest_of_equals():
-    assert guess([], 2) is guess([1], 2) is guess([1, 1], 2) is guess([1, 2, 3, 4], 2) is None
-    assert guess([1, 2, 3, 4, 1, 2], 2) == (2, [3, 4])
-    assert guess([9, 1, 2, 3, 8, 1, 2, 4, 9, 1, 2], 1) == (2, [3])  # three tokens stood before the first
-    assert guess([1, 2, 3, 1, 2, 4, 1, 2], 1) == (2, [4])
-    assert guess([*range(20), *range(12)], 3) == (4, [12, 13, 14])
-    assert guess([*range(80), *range(70)], 1) == (6, [70])
-    assert guess([5, 6, 7, 8, 1, 5, 6, 7, 8], 1) == (3, [1])
-
-
-def test_a_lookup_goes_on_with_itself_where_the_text_ends():
-    assert guess([7, 7, 7], 4) == (2, [7, 7, 7, 7])
-    assert guess([1, 2, 3, 1, 2], 7) == (2, [3, 1, 2, 3, 1, 2, 3])
-
-
-def test_what_is_added_is_looked_up():
-    drafter = Lookup([1, 2, 3])
-    for token in (9, 1, 2):
-        drafter.add(token)
-    assert drafter.kind() == 2
-    assert drafter.propose(2) == Draft([3, 9])
