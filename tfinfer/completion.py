@@ -15,12 +15,14 @@ class Usage:
     """How many tokens went in and came out.
 
     reused_tokens: of the prompt, how many were not computed for it: a cache held them, or another prompt of the batch
-    has them too.
+    has them too. proposed_tokens, accepted_tokens: how many were drafted, and how many of these were right.
     """
 
     prompt_tokens: int
     completion_tokens: int
     reused_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

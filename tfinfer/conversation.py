@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+from tfinfer import speculation
 from tfinfer.completion import Chunk, Completion, Growing
 from tfinfer.errors import ClosedError, InputError
 from tfinfer.request import Options, Request, Settings, read_settings
@@ -85,6 +86,7 @@ class Conversation:
             raise InputError("a conversation goes on with one answer: expected num_beams=1")
         if settings.stop:
             self._model._need_tokenizer("a stop string")
+        speculation.check(self._model, settings)
         ids, whole = self._read(prompt)
         self._request(settings, ids if whole else self._ids + ids)
         return self._turn(settings, ids, whole)

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+from tfinfer import speculation
 from tfinfer.completion import Chunk, Completion, Growing, Timings, Usage
 from tfinfer.conversation import Conversation, open_conversation
 from tfinfer.errors import InputError, ManifestError
@@ -23,6 +24,8 @@ from tfinfer.session.prefix import Seats, seat
 from tfinfer.tokens.beams import Penalties, beam_search
 from tfinfer.tokens.generate import Batch, check_lengths
 from tfinfer.tokens.hypotheses import Hypothesis
+from tfinfer.tokens.sampling import choose
+from tfinfer.tokens.speculate import Speculating
 from tfinfer.tokens.text import RowText
 
 
@@ -106,6 +109,7 @@ class GeneratingModel(Model):
         settings = read_settings(options, self.manifest)
         if settings.stop:
             self._need_tokenizer("a stop string")
+        speculation.check(self, settings)
         given, single = self._given(prompt)
         most, longest = settings.limits.max_tokens, self.manifest.max_length
         if not isinstance(self.decoder, EncoderDecoder):
@@ -131,6 +135,8 @@ class GeneratingModel(Model):
             length_penalty=1.0, early_stopping=False (True, "never"), num_return_sequences=1: see `BeamParams`.
             reuse_prefix=True (what the caches of earlier calls hold of a prompt is not computed again; False neither
             takes nor leaves anything there).
+            lookup=False (draft tokens from what stands in the text already), draft=None (a smaller model, loaded, of
+            the same vocabulary, that drafts): the same tokens, sampled ones by the same distribution, sooner.
 
         Returns a Completion, or a list of them for a list of prompts; with num_return_sequences above 1 a list of at
         most so many, best first, in place of each Completion. Raises InputError or LengthError.
@@ -187,11 +193,17 @@ class GeneratingModel(Model):
 
     def _run(self, request: Request, cache: Cache, seats: Seats | None) -> Generator[Chunk]:
         """The tokens of all prompts, each in its seat; the seats are released in the end."""
+        with speculation.speculating(self, request) as speculating:
+            yield from self._continue(request, cache, seats, speculating)
+
+    def _continue(
+        self, request: Request, cache: Cache, seats: Seats | None, speculating: Speculating | None
+    ) -> Generator[Chunk]:
         started, settings = time.perf_counter(), request.settings
         seats = self._seats(request, cache) if seats is None else seats
         reused = seats.reused if seats else [0] * len(request.prompts)
         batch = Batch(
-            self.decoder,
+            speculating or self.decoder,
             cache,
             request.prompts,
             settings.params,
@@ -200,6 +212,7 @@ class GeneratingModel(Model):
             settings.cancel,
             slots=seats.slots if seats else None,
             held=seats.held if seats else (),
+            choose=speculating.choose if speculating else choose,
         )
         texts = [RowText(self.tokenizer, ids, settings.stop) for ids in request.shown]
         firsts: dict[int, float] = {}
@@ -220,7 +233,8 @@ class GeneratingModel(Model):
                     yield Chunk(row, text, ids, None, token.logprobs)
                     continue
                 batch.finish(row)
-                usage = Usage(len(request.given[row]), counts[row], reused[row])
+                drafted = speculating.counts(row) if speculating else ()
+                usage = Usage(len(request.given[row]), counts[row], reused[row], *drafted)
                 timings = Timings(firsts[row] - started, now - firsts[row])
                 yield Chunk(row, text, ids, reason, token.logprobs, usage, timings)
 

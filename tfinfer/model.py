@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from tfinfer.attention.maps import AttentionMap
     from tfinfer.attention.reading import AttentionReader
     from tfinfer.completion import Chunk
-    from tfinfer.tokens.chat import ChatTemplate
     from tfinfer.conversation import Conversation
+    from tfinfer.tokens.chat import ChatTemplate
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 from tfinfer.errors import InputError
 from tfinfer.manifest import Manifest
@@ -15,6 +15,9 @@ from tfinfer.tokens.generate import Limits
 from tfinfer.tokens.hypotheses import BeamParams
 from tfinfer.tokens.sampling import SamplingParams
 from tfinfer.tokens.stop import stop_strings
+
+if TYPE_CHECKING:
+    from tfinfer.generating import GeneratingModel
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
 BEAMS = tuple(field.name for field in dataclasses.fields(BeamParams))
@@ -43,11 +46,16 @@ class Options(TypedDict, total=False):
     early_stopping: bool | Literal["never"]
     num_return_sequences: int
     reuse_prefix: bool
+    lookup: bool
+    draft: GeneratingModel | None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a call, checked. `params` forbids the ids that the model suppresses."""
+    """The options of a call, checked. `params` forbids the ids that the model suppresses.
+
+    draft: the model that drafts; whether it can is `speculation.check`'s to say.
+    """
 
     params: SamplingParams
     beams: BeamParams
@@ -55,6 +63,13 @@ class Settings:
     stop: tuple[str, ...]
     cancel: threading.Event | None
     reuse_prefix: bool = True
+    lookup: bool = False
+    draft: GeneratingModel | None = None
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens are drafted."""
+        return self.lookup or self.draft is not None
 
     @property
     def searches(self) -> bool:
@@ -108,12 +123,21 @@ def read_settings(options: Mapping[str, Any], manifest: Manifest) -> Settings:
     limits = Limits(options["max_tokens"], frozenset(ends), options.get("logprobs", 0), ids.forced_eos)
     stop = stop_strings(options.get("stop"))
     beams = BeamParams(**{"num_beams": 1, **{name: options[name] for name in BEAMS if name in options}})
+    lookup, draft = options.get("lookup", False), options.get("draft")
+    if not isinstance(lookup, bool):
+        raise InputError(f"lookup: expected True or False, got {lookup!r}")
     _check_beams(beams, params, limits, stop)
+    if lookup and draft is not None:
+        raise InputError("lookup and draft: both propose tokens: give one of them")
+    if beams.num_beams > 1 and (lookup or draft is not None):
+        asked, count = "lookup" if lookup else "draft", beams.num_beams
+        raise InputError(f"{asked}: not for a beam search: leave it out, or give num_beams=1 instead of {count}")
     suppressed = [i for i in ids.suppressed if 0 <= i < manifest.num_logits]
     reuse = options.get("reuse_prefix", True)
     if not isinstance(reuse, bool):
         raise InputError(f"expected reuse_prefix to be True or False, got {reuse!r}")
-    return Settings(_without(params, suppressed), beams, limits, stop, options.get("cancel"), reuse)
+    cancel = options.get("cancel")
+    return Settings(_without(params, suppressed), beams, limits, stop, cancel, reuse, lookup, draft)
 
 
 def _check_beams(beams: BeamParams, params: SamplingParams, limits: Limits, stop: tuple[str, ...]) -> None:

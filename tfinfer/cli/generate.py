@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--ids", type=options.IdList(), metavar="1,2,3", help="Ids instead of a text.")
 @options.sampling
+@options.speculation
 @click.option("--chat", is_flag=True, help="The prompt is a message for the folder's chat template.")
 @click.option("--system", metavar="TEXT", help="The system message of --chat.")
 @click.option(
@@ -47,8 +49,11 @@ def command(folder: Path, prompt: str | None, device: str, threads: int | None, 
     if file and given["chat"]:
         raise click.UsageError("--conversation goes on with a text or --ids; --chat is a whole conversation by itself")
     started = time.perf_counter()
-    with load(folder, device=device, threads=threads) as model:
+    with contextlib.ExitStack() as opened:
+        model = opened.enter_context(load(folder, device=device, threads=threads))
         seconds = time.perf_counter() - started
+        if given["draft"] is not None:
+            given["draft"] = opened.enter_context(load(given["draft"], device=device, threads=threads))
         if device == "auto" and not given["as_json"]:
             remark(model.reason)
         speaker: Any = model if file is None else model.conversation(file if file.exists() else None)
@@ -96,6 +101,7 @@ def _settings(model: Model, asked: Any, given: dict[str, Any], past: int) -> dic
         most = max(1, min(options.MAX_TOKENS, model.manifest.max_length - before))
     same = {name: given[name] for name in options.SAMPLING if name not in ("max_tokens", "logit_bias", "stop")}
     bias, stop = dict(given["logit_bias"]), [options.unescape(text) for text in given["stop"]]
+    same |= {"lookup": given["lookup"], "draft": given["draft"]}
     return {**same, "max_tokens": most, "logit_bias": bias or None, "stop": stop or None}
 
 
@@ -165,6 +171,8 @@ def _stats_line(model: Model, load: float, last: Any) -> str:
     speed = f", {later / timings.decode_seconds:.1f} tokens/s after it" if later > 0 and timings.decode_seconds else ""
     reused = f" ({usage.reused_tokens} reused)" if usage.reused_tokens else ""
     tokens = f"{many(usage.prompt_tokens, 'token')} in{reused}, {many(usage.completion_tokens, 'token')} out"
+    if usage.proposed_tokens:
+        tokens += f", {usage.accepted_tokens} of {usage.proposed_tokens} drafted ones right"
     first = "first token" if getattr(last, "score", None) is None else "beam search"  # which has no first token
     return (
         f"{tokens} ({last.finish_reason}); load {duration(load)}, "

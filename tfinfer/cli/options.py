@@ -100,6 +100,18 @@ _SAMPLING = (
 SAMPLING = tuple(name for name, *_ in _SAMPLING)
 
 
+def speculation(command: F) -> F:
+    """`--lookup` and `--draft`: what proposes tokens."""
+    path = click.Path(path_type=Path)
+    draft = click.option(
+        "--draft", type=path, metavar="DIR", help="A smaller model of the same vocabulary drafts tokens."
+    )
+    lookup = click.option(
+        "--lookup", is_flag=True, help="Draft tokens from the text so far: for output that repeats it."
+    )
+    return lookup(draft(command))
+
+
 def sampling(command: F) -> F:
     """The options of generation, by the names of `Model.generate` with dashes."""
     for name, kind, default, metavar, text in reversed(_SAMPLING):

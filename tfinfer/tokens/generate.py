@@ -6,7 +6,7 @@ Anything with `open_cache`, `prefill` and `step` will do as a decoder, so that t
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tfinfer.errors import InputError, LengthError
-from tfinfer.tokens.sampling import History, SamplingParams, TokenLogprobs, choose, generators, top_logprobs
+from tfinfer.tokens.sampling import History, Ids, SamplingParams, TokenLogprobs, choose, generators, top_logprobs
 
+# From logits (rows, vocab), and a generator for each row, to one id for each row.
+Choose = Callable[[npt.NDArray[np.float32], History, SamplingParams, Sequence[np.random.Generator]], Ids]
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -83,6 +85,7 @@ class Batch:
     cancel: threading.Event | None = None
     slots: Sequence[int] | None = None
     held: Sequence[int] = ()
+    choose: Choose = choose
     _ended: set[int] = field(default_factory=set)
 
     def finish(self, index: int) -> None:
@@ -131,7 +134,7 @@ class Batch:
         forced = self.limits.forced_last
         if forced is not None and rows[0].generated == self.limits.max_tokens - 1:  # all rows have as many
             return np.full(len(rows), forced, np.int64)
-        return choose(logits, history, self.params, draws)
+        return self.choose(logits, history, self.params, draws)
 
     def _keep(self, rows: list[_Row], kept: list[int], ids: Any, history: History, draws: Any) -> Any:
         """Let the rows that ended go."""

@@ -4,11 +4,12 @@ Pure functions of (logits, history, parameters, generators), vectorised over row
 stop rules or how many rows are still running.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,12 @@ Ids = npt.NDArray[np.int64]
 
 # A bias of +inf forces a token. Added as it is, it would turn the softmax into NaN; this is as good as infinite.
 _FORCED = 1e30
+
+
+class Draws(Protocol):
+    """Where random numbers come from, numpy's generator or another."""
+
+    def random(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,12 @@ class History:
         if self._generated is not None:
             self._generated = self._generated[np.asarray(rows, np.int64)]
 
+    def copy(self) -> Self:
+        """One that may go on by itself."""
+        twin = copy.copy(self)
+        twin._generated = None if self._generated is None else self._generated.copy()
+        return twin  # what the prompts hold is never changed in place
+
     def penalise(self, logits: FloatArray, params: SamplingParams) -> None:
         """Change logits (rows, vocab) in place by the repetition, presence and frequency penalties."""
         if self._generated is None:
@@ -132,22 +145,32 @@ def choose(
     logits: npt.NDArray[np.float32],
     history: History,
     params: SamplingParams,
-    generators: Sequence[np.random.Generator],
+    generators: Sequence[Draws],
 ) -> Ids:
     """Choose one id per row; logits: (rows, vocab), left as they are; returns (rows,)."""
-    best = _best(logits)
-    if params.logit_bias or params.needs_history:
-        logits = _adjust(logits, history, params)
-        best = _best(logits)
+    logits, best = _adjusted(logits, history, params)
     if params.temperature == 0:
         return best
     assert len(generators) == len(logits)
     uniform = np.array([generator.random() for generator in generators])  # (rows,)
-    with np.errstate(over="ignore", under="ignore"):  # a tiny temperature makes the others -inf, which is meant
-        scores = logits.astype(np.float64)
-        scores -= np.take_along_axis(scores, best[:, None], axis=1)
-        scores /= params.temperature  # (rows, vocab), the best is 0
-        return _draw(scores, params, uniform)
+    weights, ids = _weights(logits, best, params)
+    picked = _invert(weights, uniform)
+    return picked if ids is None else np.asarray(ids[np.arange(len(ids)), picked], np.int64)
+
+
+def distribution(logits: npt.NDArray[np.float32], history: History, params: SamplingParams) -> FloatArray:
+    """The probabilities by which `choose` chooses, (rows, vocab); greedy, 1 for the one that it takes."""
+    logits, best = _adjusted(logits, history, params)
+    found = np.zeros(logits.shape, np.float64)
+    if params.temperature == 0:
+        found[np.arange(len(best)), best] = 1
+        return found
+    weights, ids = _weights(logits, best, params)
+    weights = weights / weights.sum(axis=1, keepdims=True)
+    if ids is None:
+        return np.asarray(weights, np.float64)
+    np.put_along_axis(found, ids, weights, axis=1)
+    return found
 
 
 def _best(logits: FloatArray) -> Ids:
@@ -163,7 +186,11 @@ def _best(logits: FloatArray) -> Ids:
     return np.asarray(ids, np.int64)
 
 
-def _adjust(logits: FloatArray, history: History, params: SamplingParams) -> FloatArray:
+def _adjusted(logits: FloatArray, history: History, params: SamplingParams) -> tuple[FloatArray, Ids]:
+    """Logits with bias and penalties, and the best id of each row."""
+    best = _best(logits)
+    if not (params.logit_bias or params.needs_history):
+        return logits, best
     logits = logits.astype(np.float64)
     if params.logit_bias:
         tokens = np.fromiter(params.logit_bias.keys(), np.int64)
@@ -171,12 +198,16 @@ def _adjust(logits: FloatArray, history: History, params: SamplingParams) -> Flo
         logits[:, tokens] += np.minimum(bias, _FORCED)
     with np.errstate(over="ignore", invalid="ignore"):  # a penalty that overflows is found by the finite check
         history.penalise(logits, params)
-    return logits
+    return logits, _best(logits)
 
 
-def _draw(scores: FloatArray, params: SamplingParams, uniform: FloatArray) -> Ids:
-    """Draw by the inverse of the cumulative distribution; scores: (rows, vocab) with largest 0."""
-    weights = np.exp(scores)  # (rows, vocab), the largest is 1
+def _weights(logits: FloatArray, best: Ids, params: SamplingParams) -> tuple[FloatArray, Ids | None]:
+    """What the draw is by: (rows, vocab), or (rows, k) and the ids that these are, falling."""
+    with np.errstate(over="ignore", under="ignore"):  # a tiny temperature makes the others -inf, which is meant
+        scores = logits.astype(np.float64)
+        scores -= np.take_along_axis(scores, best[:, None], axis=1)
+        scores /= params.temperature  # (rows, vocab), the best is 0
+        weights = np.exp(scores)  # (rows, vocab), the largest is 1
     ids = None
     if params.top_k or params.top_p < 1:
         total = weights.sum(axis=1, keepdims=True)
@@ -189,8 +220,7 @@ def _draw(scores: FloatArray, params: SamplingParams, uniform: FloatArray) -> Id
             weights[:, 1:][reached] = 0  # what comes before has reached top_p already
     if params.min_p:
         weights[weights < params.min_p] = 0
-    picked = _invert(weights, uniform)
-    return picked if ids is None else ids[np.arange(len(ids)), picked]
+    return weights, ids
 
 
 def _candidates(weights: FloatArray, total: FloatArray, params: SamplingParams) -> int:
