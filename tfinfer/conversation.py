@@ -10,10 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from tfinfer import speculation
 from tfinfer.completion import Chunk, Completion, Growing
 from tfinfer.errors import ClosedError, InputError
-from tfinfer.request import Options, Request, Settings, read_settings
+from tfinfer.request import Options, Request, Settings
 from tfinfer.session.contents import Contents
 from tfinfer.session.prefix import Seats, common
 from tfinfer.session.snapshots import NOTHING, read_snapshot, write_snapshot
@@ -81,12 +80,9 @@ class Conversation:
         The arguments are checked at once, before the first chunk is asked for.
         """
         self._check_open()
-        settings = read_settings(options, self._model.manifest)
+        settings = self._model._settings(options)
         if settings.searches:
             raise InputError("a conversation goes on with one answer: expected num_beams=1")
-        if settings.stop:
-            self._model._need_tokenizer("a stop string")
-        speculation.check(self._model, settings)
         ids, whole = self._read(prompt)
         self._request(settings, ids if whole else self._ids + ids)
         return self._turn(settings, ids, whole)

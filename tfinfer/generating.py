@@ -15,7 +15,7 @@ from tfinfer.conversation import Conversation, open_conversation
 from tfinfer.errors import InputError, ManifestError
 from tfinfer.manifest import FILE_NAME, Manifest
 from tfinfer.model import Messages, Model, Prompt
-from tfinfer.request import Options, Request, read_settings
+from tfinfer.request import Options, Request, Settings, read_settings
 from tfinfer.session.cache import Cache
 from tfinfer.session.choose import open_decoder
 from tfinfer.session.encoder_decoder import EncoderDecoder
@@ -104,12 +104,17 @@ class GeneratingModel(Model):
             return [self._ids(item) for item in items], False
         return [self._ids(items)], True
 
-    def _request(self, prompt: Prompt | Sequence[Prompt] | Messages, options: Options) -> tuple[Request, bool]:
-        """A checked request, and whether it has just one prompt."""
+    def _settings(self, options: Options) -> Settings:
+        """The options of a call, checked for this model."""
         settings = read_settings(options, self.manifest)
         if settings.stop:
             self._need_tokenizer("a stop string")
         speculation.check(self, settings)
+        return settings
+
+    def _request(self, prompt: Prompt | Sequence[Prompt] | Messages, options: Options) -> tuple[Request, bool]:
+        """A checked request, and whether it has just one prompt."""
+        settings = self._settings(options)
         given, single = self._given(prompt)
         most, longest = settings.limits.max_tokens, self.manifest.max_length
         if not isinstance(self.decoder, EncoderDecoder):

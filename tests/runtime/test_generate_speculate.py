@@ -256,3 +256,22 @@ def test_the_command_says_in_one_line_what_is_wrong(tiny):
         assert found.stdout == ""
         assert words in found.stderr
         assert found.stderr.count("\n") == 1
+
+
+def test_a_conversation_speculates_and_what_was_drafted_in_vain_is_not_held_against_the_next_turn(model):
+    with model.conversation() as chat, model.conversation() as plain:
+        for said in (TEXT, " the mat and the dog", " sat"):
+            drafted = chat.generate(said, max_tokens=12, stop_ids=[], lookup=True)
+            expected = plain.generate(said, max_tokens=12, stop_ids=[])
+            assert drafted.token_ids == expected.token_ids
+            assert drafted.usage.proposed_tokens
+        assert chat.ids == plain.ids
+
+
+def test_a_prompt_goes_on_from_what_a_speculating_call_left(model):
+    ids = model.tokenize(TEXT)
+    first = model.generate(ids, max_tokens=12, stop_ids=[], lookup=True)
+    longer = [*ids, *first.token_ids, 5, 6]
+    again = model.generate(longer, max_tokens=12, stop_ids=[], lookup=True)
+    assert again.usage.reused_tokens >= len(ids)
+    assert again.token_ids == model.generate(longer, max_tokens=12, stop_ids=[], reuse_prefix=False).token_ids
