@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Tiny modules gain nothing from threads that spin beside each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test lint check-runtime families test-real test-slow browser cuda bench clean
+.PHONY: setup demo test lint check-runtime families test-real test-slow browser cuda bench peers clean
 
 setup: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -83,6 +83,12 @@ browser: setup
 bench: setup
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benchmarks/decode.py
+
+# Every peer that the extra `peers` installs, in turns. Installing compiles llama.cpp: a quarter of an hour.
+peers: setup
+	$(INSTALL) --editable '.[peers]'
+	mkdir -p out
+	$(BIN)/python benchmarks/peers.py --bits 32 8 4 --prompt 128 1024 --json out/peers.json --csv out/peers.csv --picture out/peers.png
 
 clean:
 	rm -rf $(VENV) .venv-runtime .venv-optimum build dist out *.egg-info

@@ -43,6 +43,7 @@ class System:
 
 SYSTEMS = {
     OURS: System("tfinfer_folder", "tfinfer", peer=False),
+    "tfinfer tuned": System("tfinfer_folder", "tfinfer", "tuned", peer=False),
     "ruler": System("ruler_graph", "onnxruntime", peer=False),
     "transformers": System("torch_eager", "transformers"),
     "torch.compile": System("torch_eager", "transformers", "compile"),

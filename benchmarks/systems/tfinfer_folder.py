@@ -1,7 +1,11 @@
-"""tfinfer: the checkpoint exported once, then streamed. setting "tuned": as `tfinfer tune` says."""
+"""tfinfer: the checkpoint exported once, then streamed. setting "tuned": as `tfinfer tune` finds best on this machine."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +14,16 @@ DTYPES = {32: "fp32", 8: "int8", 4: "int4"}
 
 
 def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
-    """Return a function that yields tokens."""
+    """Return a function that yields tokens; nothing is reused from one call to the next."""
     import tfinfer
 
     folder = Path(given["cache"]) / f"tfinfer-{given['bits']}"
     if not (folder / "tfinfer.json").exists():
-        _export(given, folder)
-    model = tfinfer.load(folder, threads=given["threads"])
+        _run("export", given["checkpoint"], "-o", folder, "--dtype", DTYPES[given["bits"]], "--no-attention",
+             "--max-length", given["longest"])  # fmt: skip
+    if given["setting"] == "tuned":
+        folder = _tuned(folder)
+    model = tfinfer.load(folder, threads=None if given["setting"] == "tuned" else given["threads"])
 
     def generate(ids: list[int], new: int) -> Iterator[int]:
         for chunk in model.stream(ids, max_tokens=new, stop_ids=[], reuse_prefix=False):
@@ -25,10 +32,15 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     return generate
 
 
-def _export(given: dict[str, Any], folder: Path) -> None:
-    import subprocess
-    import sys
+def _tuned(folder: Path) -> Path:
+    tuned = folder.with_name(f"{folder.name}-tuned")
+    if not (tuned / "tfinfer.tune.json").exists():
+        shutil.rmtree(tuned, ignore_errors=True)
+        shutil.copytree(folder, tuned, copy_function=os.link)
+        _run("tune", tuned)
+    return tuned
 
-    command = [sys.executable, "-m", "tfinfer", "export", given["checkpoint"], "-o", str(folder)]
-    command += ["--dtype", DTYPES[given["bits"]], "--max-length", str(given["longest"]), "--no-attention"]
-    subprocess.run(command, check=True)  # in a process of its own: this one never imports torch
+
+def _run(*arguments: object) -> None:
+    """In a process of its own: this one never imports torch."""
+    subprocess.run([sys.executable, "-m", "tfinfer", *map(str, arguments)], check=True)
