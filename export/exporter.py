@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +43,16 @@ from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
 from .operators import layers_of
-from .passes import half, joined, pipeline, quantise
-from .passes.quantise import Recipe
+from .passes import half, joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
+from .small import RECIPES, Shrinking, Small, check
 from .sources import Source
 from .sources.source import from_module
 from .verify import check_observed
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# The head and the embedding keep 8 bits: a rounding there is a rounding of every token.
-RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 64)}
 FLAVORS = ("ort", "standard")
 # The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
 # of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
@@ -87,6 +84,10 @@ def export_model(
     also: Sequence[str] = (),
     tokenizer: str | os.PathLike[str] | None = None,
     adapters: Sequence[str | os.PathLike[str]] = (),
+    block_size: int | None = None,
+    symmetric: bool = True,
+    keep: Sequence[str] = (),
+    keep_agreement: float | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage: None,
 ) -> ExportReport:
@@ -107,6 +108,9 @@ def export_model(
         also: "genai" and "optimum": write what onnxruntime-genai and optimum need to run the folder as well.
         tokenizer: a tokenizer.json to take along.
         adapters: folders of PEFT adapters (LoRA) to merge into a live module's weights; the module keeps its own.
+        block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128), no
+            zero points, patterns of names of weights that stay float32, and the least share of the proof's first
+            choices that must be the module's, for which weights are widened where that helps most.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
@@ -116,6 +120,8 @@ def export_model(
             raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
     if flavor == "standard" and dtype in RECIPES:
         raise InputError(f"{dtype} needs operators that are not ONNX's own: leave the flavor at 'ort'")
+    small = Small(block_size, symmetric, tuple(keep), keep_agreement)
+    check(small, dtype)
     check_length("max_length", max_length)
     check_length("max_source_length", max_source_length)
     target = Path(out)
@@ -129,7 +135,7 @@ def export_model(
     asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
     extra = neighbours.check_names(also)
     with torch.autocast("cpu", enabled=False):  # the user's own, around the call
-        return _Export(source, target, dtype, kind, asked, attention, extra, progress).run(overwrite)
+        return _Export(source, target, dtype, small, kind, asked, attention, extra, progress).run(overwrite)
 
 
 def _bos(source: Source) -> tuple[int, ...]:
@@ -160,10 +166,11 @@ class _Export:
     """One export: what it was asked for, and how long each stage took."""
 
     def __init__(
-        self, source: Source, target: Path, dtype: str, kind: str, asked: Asked, attention: bool,
+        self, source: Source, target: Path, dtype: str, small: Small, kind: str, asked: Asked, attention: bool,
         also: Sequence[str], progress: Progress,
     ) -> None:  # fmt: skip
         self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
+        self.small = small
         self.weights: WeightsSpec | None = None  # how they were made small
         self.attention, self.also = attention, also
         self._progress = progress
@@ -232,27 +239,33 @@ class _Export:
         except InputError as error:
             raise ProofError(f"the exported graph does not run; nothing was written: {error}") from error
         _insist(verdicts[0])
-        if self.dtype != "fp32":
+        if self.dtype in RECIPES:
+            verdicts.append(self._make_small(job, graphs, folder, expected))
+        elif self.dtype != "fp32":
             for model in graphs.values():
-                self._make_small(model)
+                half.run(model, DTYPES[self.dtype])
             (folder / graph_files.WEIGHTS).unlink()
             graph_files.save(graphs, folder)
             narrow, not_run = self._narrow_verdict(job, graphs, folder, expected)
             verdicts += narrow
-            if self.weights is not None:
-                self.weights = replace(self.weights, agreement=round(verdicts[-1].agreement, 4))
         last = verdicts[-1]
         _insist(last)
         greedy = last.greedy.identical if last.greedy else 0
         return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
 
-    def _make_small(self, model: ir.Model) -> None:
-        """Half the width, or weights of a few bits."""
-        if (recipe := RECIPES.get(self.dtype)) is None:
-            half.run(model, DTYPES[self.dtype])
-            return
-        count = quantise.run(model, recipe)
-        self.weights = WeightsSpec(recipe.bits, recipe.head_bits, recipe.block_size, recipe.symmetric, count)
+    def _make_small(self, job: Job, graphs: dict[str, ir.Model], folder: Path, expected: golden.Golden) -> Verdict:
+        """Weights of a few bits, in the folder and in `graphs`; what they compute."""
+
+        def prove(tried: dict[str, ir.Model], spec: WeightsSpec, brief: bool) -> Verdict:
+            self.weights = spec
+            wanted = expected.brief() if brief else expected
+            return job.verdict(self._manifest(job, tried, folder), folder, wanted, "cpu", self._progress)
+
+        shrinking = Shrinking(graphs, folder, prove)
+        verdict = shrinking.run(self.small, self.dtype)
+        self.weights = shrinking.spec
+        graphs.update(shrinking.graphs)
+        return verdict
 
     def _narrow_verdict(
         self, job: Job, graphs: dict[str, ir.Model], folder: Path, expected: Any
@@ -260,7 +273,7 @@ class _Export:
         """The proof of a half-width graph on the first device that runs it; none does for bfloat16 without CUDA."""
         manifest, dtype = self._manifest(job, graphs, folder), NAMES.get(self.dtype, self.dtype)
         reasons = []
-        for device in ("cpu",) if self.dtype in RECIPES else ("cuda", "cpu"):
+        for device in ("cuda", "cpu"):
             try:
                 return [job.verdict(manifest, folder, expected, device, self._progress)], ""
             except (ProviderError, IncompatibleModelError) as error:

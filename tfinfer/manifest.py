@@ -220,7 +220,8 @@ class ProofSpec:
 class WeightsSpec:
     """How the weights were made small, and what that costs.
 
-    agreement: share of the proof's rows whose first choice is still PyTorch's.
+    agreement: share of the proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices
+    have 8 bits in place of `bits`, and how many are as wide as they were.
     """
 
     bits: int
@@ -229,6 +230,8 @@ class WeightsSpec:
     symmetric: bool
     matrices: int
     agreement: float = 0.0
+    wider: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""tfinfer: the checkpoint exported once, then streamed. setting "tuned": as `tfinfer tune` finds best on this machine."""
+"""tfinfer: the checkpoint exported once, then streamed. setting "tuned": as `tfinfer tune` finds best here."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from . import dead_nodes
 from .blocks import Blocks, quantised
+from .joined import PARTS
 from .matching import CONTRIB, SHARED, replace
 
 ROUNDED = 4  # accuracy_level: activations in 8 bits
@@ -27,7 +28,8 @@ class Recipe:
     """How weights become small.
 
     bits: of products. head_bits: of the last product and of the embedding. block_size: numbers that share a scale.
-    keep: patterns of names of weights that stay as they are.
+    wider: patterns of names of weights that get 8 bits. keep: of those that stay as they are. The name of a weight is
+    the module's own; one that was joined of several goes by all of theirs.
     """
 
     bits: int
@@ -35,47 +37,65 @@ class Recipe:
     block_size: int
     symmetric: bool = True
     search: bool = True
+    wider: tuple[str, ...] = field(default=())
     keep: tuple[str, ...] = field(default=())
 
 
-def run(model: ir.Model, recipe: Recipe) -> int:
-    """Replace in place; returns how many products and embeddings became small."""
-    fired = _Quantising(model.graph, recipe).run()
+Made = dict[tuple[int, bool, int, int, bool], Blocks]  # what weights became, by which tensor and how
+
+
+def run(model: ir.Model, recipe: Recipe, made: Made | None = None) -> int:
+    """Replace in place; returns how many products and embeddings became small.
+
+    made: what earlier calls made of the same tensors, in this model or a clone, and what this one makes.
+    """
+    fired = _Quantising(model.graph, recipe, {} if made is None else made).run()
     dead_nodes.run(model)  # the weights as they were
     return fired
 
 
+def weights_of(model: ir.Model) -> list[tuple[str, ...]]:
+    """The names of each matrix that would become small, in the order of the graph: its own, and those of its parts."""
+    read = (_weight(node) for node in model.graph)
+    return list(dict.fromkeys(_names(weight) for weight in read if weight is not None))
+
+
+def _names(weight: ir.Value) -> tuple[str, ...]:
+    parts = (part.value for part in weight.meta.get(PARTS, ()))
+    return tuple(dict.fromkeys(str(value.name) for value in (weight, *parts) if value is not None))
+
+
+def _is_named(weight: ir.Value, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in _names(weight) for pattern in patterns)
+
+
 class _Quantising:
-    def __init__(self, graph: ir.Graph, recipe: Recipe) -> None:
+    def __init__(self, graph: ir.Graph, recipe: Recipe, made: Made) -> None:
         self.graph, self.recipe = graph, recipe
-        self.made: dict[tuple[ir.Value, bool, int], Blocks] = {}  # a weight that several nodes read is quantised once
+        self.made = made  # a weight that several nodes read is quantised once
 
     def run(self) -> int:
         heads = set(_heads(self.graph))
         fired = 0
         for node in list(self.graph):
-            bits = self.recipe.head_bits if node in heads else self.recipe.bits
-            if _is_product(node) and self._is_wanted(node.inputs[1]):
-                self._product(node, bits)
-            elif _is_embedding(node) and self._is_wanted(node.inputs[0]):
+            weight = _weight(node)
+            if weight is None or _is_named(weight, self.recipe.keep):
+                continue
+            if _is_embedding(node):
                 self._embedding(node, self.recipe.head_bits)
             else:
-                continue
+                wide = _is_named(weight, self.recipe.wider)
+                self._product(node, 8 if wide else self.recipe.head_bits if node in heads else self.recipe.bits)
             fired += 1
         return fired
 
-    def _is_wanted(self, weight: ir.Value | None) -> bool:
-        name = str(weight.name) if weight is not None else ""
-        return not any(fnmatch.fnmatch(name, pattern) for pattern in self.recipe.keep)
-
     def _blocks(self, weight: ir.Value, transposed: bool, bits: int) -> Blocks:
         """transposed: whether the weight lies (columns, k) already, as an embedding does."""
-        key = weight, transposed, bits
+        tensor, recipe = weight.const_value, self.recipe
+        assert tensor is not None
+        key = id(tensor), transposed, bits, recipe.block_size, recipe.symmetric
         if key not in self.made:
-            tensor = weight.const_value
-            assert tensor is not None
             matrix = tensor.numpy().T if transposed else tensor.numpy()
-            recipe = self.recipe
             search = recipe.search and bits < 8  # 8 bits leave nothing to gain
             self.made[key] = quantised(matrix, bits, recipe.block_size, symmetric=recipe.symmetric, search=search)
         return self.made[key]
@@ -139,6 +159,13 @@ def _heads(graph: ir.Graph) -> Iterator[ir.Node]:
             yield node
         else:
             todo += [operand for operand in node.inputs if operand is not None]
+
+
+def _weight(node: ir.Node) -> ir.Value | None:
+    """The matrix of a product or of an embedding."""
+    if _is_product(node):
+        return node.inputs[1]
+    return node.inputs[0] if _is_embedding(node) else None
 
 
 def _is_product(node: ir.Node) -> bool:

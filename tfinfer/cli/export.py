@@ -46,6 +46,20 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     show_default=True,
     help="Of weights and cache; int8, int4: of weights alone.",
 )
+@click.option("--block-size", type=click.Choice(["32", "64", "128"]), help="int8, int4: numbers that share a scale.")
+@click.option("--asymmetric", is_flag=True, help="int8, int4: with zero points.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="int8, int4: weights that stay float32, as '*.lm_head.*'; repeatable.",
+)
+@click.option(
+    "--keep-agreement",
+    type=float,
+    metavar="SHARE",
+    help="int8, int4: widen weights until so many first choices are PyTorch's, as 0.99.",
+)
 @click.option(
     "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."
 )
@@ -94,6 +108,8 @@ def command(source: str, out: Path, kind: str, overwrite: bool, verbose: bool, a
         status("read the source")
         files = {name: given.pop(name) for name in ("weights", "tokenizer", "adapters")}
         module = load_source(source, **files)
+        given["symmetric"] = not given.pop("asymmetric")
+        given["block_size"] = int(given["block_size"]) if given["block_size"] else None
         report = export_model(module, out, kind=kind, overwrite=overwrite, progress=status, **given)
     if as_json:
         say_json(report.to_dict())

@@ -116,6 +116,10 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "kind", f"{manifest.kind}, {manifest.dtype}, flavor {manifest.flavor}, {lengths}"
     if (small := manifest.weights) is not None:
         shape = f"int{small.bits} in blocks of {small.block_size}, head and embedding int{small.head_bits}"
+        if small.symmetric is False:
+            shape += ", with zero points"
+        if small.wider or small.kept:
+            shape += f", {small.wider} of them wider in int8, {small.kept} in float32"
         yield "weights", f"{shape}; {small.agreement:.1%} of the proof's first choices are PyTorch's"
     ids = f"{manifest.vocab_size} ids in" if manifest.vocab_size else "takes no ids"
     first = f"{manifest.source_vocab_size} ids of a source in, " if manifest.source_vocab_size else ""

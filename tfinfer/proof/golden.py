@@ -18,6 +18,7 @@ from tfinfer.proof.cases import Call, Case, Row
 FILE_NAME = "golden.npz"
 # Logits are kept for the last rows of each call up to about this many bytes in all.
 BUDGET = 8 << 20
+FEW = 4
 Ids = npt.NDArray[np.int64]
 Vectors = Mapping[Row, npt.NDArray[np.float32]]
 
@@ -31,6 +32,10 @@ class Golden:
     prompt: Ids
     tokens: Ids
     source: Ids | None = None  # of the prompt, for an encoder-decoder
+
+    def brief(self) -> Golden:
+        """The first few cases, which are short, and no continuation."""
+        return Golden(self.cases[:FEW], self.expected[:FEW], self.prompt, self.tokens[:0], self.source)
 
 
 def save(path: Path, golden: Golden) -> None:

@@ -1,0 +1,154 @@
+"""Weights of a few bits: what may be asked for, and the smallest ones that agree with the module as often as wanted."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from tfinfer.errors import InputError
+from tfinfer.manifest import WeightsSpec
+from tfinfer.proof.prove import Verdict
+
+from . import graph_files
+from .passes import quantise
+from .passes.quantise import Made, Recipe, weights_of
+
+# The head and the embedding keep 8 bits: a rounding there is a rounding of every token.
+RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 64)}
+BLOCK_SIZES = (32, 64, 128)
+GROUPS = 24  # of neighbouring matrices, whose damage is measured together
+
+Graphs = dict[str, ir.Model]
+Judge = Callable[[Recipe, bool], Verdict]  # of a recipe: what its graph computes; True: by the short cases alone
+
+
+@dataclass(frozen=True)
+class Small:
+    """What a user asks of small weights beside their bits.
+
+    block_size: numbers that share a scale, 32, 64 or 128; None: 64 for 4 bits, 128 for 8. symmetric: without zero
+    points. keep: patterns of the names of weights that stay float32. agreement: the least share of first choices that
+    must be PyTorch's, for which matrices are widened where that helps most.
+    """
+
+    block_size: int | None = None
+    symmetric: bool = True
+    keep: tuple[str, ...] = ()
+    agreement: float | None = None
+
+    def recipe(self, dtype: str, weights: Sequence[tuple[str, ...]]) -> Recipe:
+        """The recipe to begin with; weights: the names of each. Raises InputError for a pattern that fits none."""
+        names = [name for several in weights for name in several]
+        for pattern in self.keep:
+            if not fnmatch.filter(names, pattern):
+                raise InputError(f"keep: no weight is named {pattern!r}; there are {_some(names)}")
+        base = RECIPES[dtype]
+        size = self.block_size or base.block_size
+        return replace(base, block_size=size, symmetric=self.symmetric, keep=self.keep)
+
+
+def check(small: Small, dtype: str) -> None:
+    """Raises InputError for values out of range, and for all of them where the weights are not to be small."""
+    if small.block_size is not None and small.block_size not in BLOCK_SIZES:
+        raise InputError(
+            f"expected block_size to be one of {', '.join(map(str, BLOCK_SIZES))}, got {small.block_size!r}"
+        )
+    if small.agreement is not None and not 0 < small.agreement <= 1:
+        raise InputError(f"expected keep_agreement to be above 0 and at most 1, got {small.agreement!r}")
+    if small != Small() and dtype not in RECIPES:
+        raise InputError(
+            f"block sizes, zero points, kept weights and agreements are for weights of a few bits: give the dtype int8 "
+            f"or int4, not {dtype}"
+        )
+
+
+class Shrinking:
+    """The graphs of a folder with weights of a few bits, written and proved as often as recipes are tried.
+
+    prove: from graphs, what their manifest says of the weights, and whether the short cases are enough, to what they
+    compute.
+    """
+
+    def __init__(
+        self, graphs: Mapping[str, ir.Model], folder: Path, prove: Callable[[Graphs, WeightsSpec, bool], Verdict]
+    ) -> None:
+        self.whole, self.folder, self._prove = graphs, folder, prove
+        self._made: Made = {}
+        self.graphs: Graphs = {}  # those of the last recipe
+        self.spec: WeightsSpec | None = None
+
+    def run(self, small: Small, dtype: str) -> Verdict:
+        """Leave in the folder what was asked for. Raises InputError."""
+        weights = [names for model in self.whole.values() for names in weights_of(model)]
+        recipe = small.recipe(dtype, weights)
+        if small.agreement is None:
+            return self.judge(recipe, False)
+        wanted = [names[0] for names in weights]
+        recipe = narrowest(recipe, wanted, small.agreement, self.judge)
+        return self.judge(recipe, False)
+
+    def judge(self, recipe: Recipe, brief: bool) -> Verdict:
+        """Write the graphs by a recipe and prove them."""
+        self.graphs = {name: model.clone() for name, model in self.whole.items()}
+        count = sum(quantise.run(model, recipe, self._made) for model in self.graphs.values())
+        (self.folder / graph_files.WEIGHTS).unlink()
+        graph_files.save(self.graphs, self.folder)
+        self.spec = WeightsSpec(
+            recipe.bits, recipe.head_bits, recipe.block_size, recipe.symmetric, count,
+            wider=len(set(recipe.wider) - set(recipe.keep)), kept=sum(len(weights_of(model)) for model in self.graphs.values()),
+        )  # fmt: skip
+        verdict = self._prove(self.graphs, self.spec, brief)
+        self.spec = replace(self.spec, agreement=round(verdict.agreement, 4))
+        return verdict
+
+
+def narrowest(recipe: Recipe, names: Sequence[str], wanted: float, judge: Judge) -> Recipe:
+    """The recipe that widens as few matrices as needed for an agreement of `wanted`.
+
+    Groups of neighbouring matrices are widened one at a time and judged by the short cases: those that gain most come
+    first, to 8 bits and then to their own width. How many of these steps are needed is found by halving, each judged by
+    all cases.
+    """
+    if judge(recipe, False).agreement >= wanted:
+        return recipe
+    steps = _steps(recipe, names, judge)
+    low, high = (
+        0,
+        len(steps),
+    )  # `low` steps are too few; with all of them the graph is the float32 one, which was proved
+    while high - low > 1:
+        middle = (low + high) // 2
+        if judge(_widened(recipe, steps[:middle]), False).agreement >= wanted:
+            high = middle
+        else:
+            low = middle
+    return _widened(recipe, steps[:high])
+
+
+def _steps(recipe: Recipe, names: Sequence[str], judge: Judge) -> list[tuple[str, tuple[str, ...]]]:
+    """What may be widened, and how, in the order of what it gains: all to 8 bits first, where they have fewer."""
+    groups = [tuple(map(str, part)) for part in np.array_split(np.array(names), min(GROUPS, len(names)))]
+
+    def loss(how: str, group: tuple[str, ...]) -> tuple[float, float]:
+        verdict = judge(_widened(recipe, [(how, group)]), True)
+        return -verdict.agreement, sum(case.worst for case in verdict.cases)
+
+    order = {group: loss("wider" if recipe.bits < 8 else "keep", group) for group in groups}
+    groups.sort(key=order.__getitem__)
+    ways = ("wider", "keep") if recipe.bits < 8 else ("keep",)
+    return [(how, group) for how in ways for group in groups]
+
+
+def _widened(recipe: Recipe, steps: Sequence[tuple[str, tuple[str, ...]]]) -> Recipe:
+    names = {how: tuple(name for way, group in steps if way == how for name in group) for how in ("wider", "keep")}
+    return replace(recipe, wider=recipe.wider + names["wider"], keep=recipe.keep + names["keep"])
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:6])
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
