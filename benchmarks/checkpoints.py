@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 LONGEST = 8192
+FACTOR = 2.5  # of random weights: with those as they are made all tokens would be the same
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2-135m": ("LlamaForCausalLM", {
@@ -46,7 +47,12 @@ def checkpoint(shape: str, root: Path) -> Path:
     torch.manual_seed(0)
     kind = getattr(transformers, class_name)
     config = kind.config_class(**_positions(kind.config_class), **sizes)
-    kind(config).eval().save_pretrained(folder)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(FACTOR)
+    model.save_pretrained(folder)
     _write_tokenizer(folder, sizes.get("vocab_size", 50257))
     _write_old_names(folder / "config.json")
     (folder / "done").touch()

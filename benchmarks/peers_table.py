@@ -27,6 +27,7 @@ def summary(found: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, di
             "between_tokens_ms": {f"p{q}": round(1e3 * float(np.percentile(every, q)), 3) for q in (50, 90, 95, 99)},
             "memory_mib": max(r["memory"] for r in rounds),
             "tokens": rounds[0]["tokens"],
+            "first_tokens_as_ours": _agreeing(rounds, found.get(OURS, rounds)),
         }
         if OURS in found:
             own = found[OURS]
@@ -34,6 +35,12 @@ def summary(found: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, di
             row["decode_ratio"] = _ratio([a / statistics.median(b["seconds"][1:]) for a, b in zip(between, own)])
         result[name] = row
     return result
+
+
+def _agreeing(rounds: list[dict[str, Any]], own: list[dict[str, Any]]) -> int:
+    """How many tokens are the same before the first that is not."""
+    pairs = list(zip(rounds[0]["tokens"], own[0]["tokens"]))
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
 
 
 def _ratio(ratios: list[float]) -> list[float]:
@@ -56,8 +63,8 @@ def bytes_per_token(shape: str, bits: int, context: int) -> int:
 def lines(result: dict[str, dict[str, Any]], limit: dict[str, Any]) -> list[str]:
     """The result as a table for people."""
     out = [
-        "| system | decode | tfinfer is | prefill | tfinfer is | of the read limit | memory |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| system | decode | tfinfer is | prefill | tfinfer is | of the read limit | memory | same tokens |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in sorted(result.items(), key=lambda item: -item[1]["decode_tokens_per_s"]):
         share = row["decode_tokens_per_s"] / limit["tokens_per_s"] if limit["tokens_per_s"] else 0
@@ -66,7 +73,7 @@ def lines(result: dict[str, dict[str, Any]], limit: dict[str, Any]) -> list[str]
             ratio = row.get(f"{kind}_ratio")
             cells.append(f"{row[f'{kind}_tokens_per_s']:.1f} tok/s")
             cells.append("{:.2f} x ({:.2f} to {:.2f})".format(*ratio) if ratio and name != OURS else "")
-        cells += [f"{share:.2f}" if share else "", f"{row['memory_mib']} MiB"]
+        cells += [f"{share:.2f}" if share else "", f"{row['memory_mib']} MiB", str(row["first_tokens_as_ours"])]
         out.append(f"| {' | '.join(cells)} |")
     return out
 

@@ -100,7 +100,8 @@ class Shrinking:
         graph_files.save(self.graphs, self.folder)
         self.spec = WeightsSpec(
             recipe.bits, recipe.head_bits, recipe.block_size, recipe.symmetric, count,
-            wider=len(set(recipe.wider) - set(recipe.keep)), kept=sum(len(weights_of(model)) for model in self.graphs.values()),
+            wider=len(set(recipe.wider) - set(recipe.keep)),
+            kept=sum(len(weights_of(model)) for model in self.graphs.values()),
         )  # fmt: skip
         verdict = self._prove(self.graphs, self.spec, brief)
         self.spec = replace(self.spec, agreement=round(verdict.agreement, 4))
