@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
     }),
     "toy": ("LlamaForCausalLM", {
-        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+        "vocab_size": 500, "hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True,
     }),
 }  # fmt: skip
