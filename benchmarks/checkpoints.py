@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 LONGEST = 8192
-FACTOR = 2.5  # of random weights: with those as they are made all tokens would be the same
+FACTOR = 1.25  # of random weights: with those as they are made all tokens would be the same
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2-135m": ("LlamaForCausalLM", {
