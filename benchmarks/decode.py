@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tfinfer
 from tfinfer.export import export_model
+from tfinfer.session.machine import cpu_model
 from tfinfer.session.threads import thread_count
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,16 +106,12 @@ def summary(found: dict[str, list[tuple[float, float]]], prompt: int, base: str)
 
 
 def environment(threads: int, device: str) -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "?",
-    )
     packages = {name: version(name) for name in ("torch", "transformers", "numpy", "tfinfer")}
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     runtime = __import__("onnxruntime").__version__
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return {
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "gpu": gpu,
         "threads": threads,
         "python": platform.python_version(),

@@ -26,6 +26,7 @@ import roofline
 from checkpoints import LONGEST, SHAPES, checkpoint
 from peers_table import OURS, bytes_per_token, lines, summary, write_csv
 
+from tfinfer.session.machine import cpu_model
 from tfinfer.session.threads import thread_count
 
 HERE = Path(__file__).resolve().parent
@@ -133,7 +134,6 @@ def measure(workers: list[Worker], ids: list[int], new: int, rounds: int) -> dic
 
 def environment(threads: int) -> dict[str, Any]:
     """Where and with what this was measured."""
-    told = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     packages = {}
     for package in ("torch", "onnxruntime", *sorted({system.package for system in SYSTEMS.values()})):
         try:
@@ -141,7 +141,7 @@ def environment(threads: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             packages[package] = "not installed here"
     return {
-        "processor": told[0].split(":")[1].strip() if told else "?",
+        "processor": cpu_model(),
         "threads": threads,
         "load": Path("/proc/loadavg").read_text().split()[0],
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),

@@ -108,18 +108,14 @@ def export_model(
         also: "genai" and "optimum": write what onnxruntime-genai and optimum need to run the folder as well.
         tokenizer: a tokenizer.json to take along.
         adapters: folders of PEFT adapters (LoRA) to merge into a live module's weights; the module keeps its own.
-        block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128), no
-            zero points, patterns of names of weights that stay float32, and the least share of the proof's first
-            choices that must be the module's, for which weights are widened where that helps most.
+        block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128),
+            whether to do without zero points, patterns of names of weights that stay float32, and the least share of
+            the proof's first choices that must be the module's, for which weights are widened where that helps most.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
     """
-    for name, value, known in (("dtype", dtype, DTYPES | RECIPES), ("flavor", flavor, FLAVORS), ("kind", kind, KINDS)):
-        if value not in known:
-            raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-    if flavor == "standard" and dtype in RECIPES:
-        raise InputError(f"{dtype} needs operators that are not ONNX's own: leave the flavor at 'ort'")
+    _check_choices(dtype, flavor, kind)
     small = Small(block_size, symmetric, tuple(keep), keep_agreement)
     check(small, dtype)
     check_length("max_length", max_length)
@@ -136,6 +132,14 @@ def export_model(
     extra = neighbours.check_names(also)
     with torch.autocast("cpu", enabled=False):  # the user's own, around the call
         return _Export(source, target, dtype, small, kind, asked, attention, extra, progress).run(overwrite)
+
+
+def _check_choices(dtype: str, flavor: str, kind: str) -> None:
+    for name, value, known in (("dtype", dtype, DTYPES | RECIPES), ("flavor", flavor, FLAVORS), ("kind", kind, KINDS)):
+        if value not in known:
+            raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
+    if flavor == "standard" and dtype in RECIPES:
+        raise InputError(f"{dtype} needs operators that are not ONNX's own: leave the flavor at 'ort'")
 
 
 def _bos(source: Source) -> tuple[int, ...]:
@@ -197,6 +201,7 @@ class _Export:
             self.stage("passes")
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.dtype in ("fp16", "bf16"))
+            shrinking = Shrinking(graphs, folder, self.small, self.dtype) if self.dtype in RECIPES else None
             self.stage("write")
             give_back(self.source.module)  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
@@ -209,7 +214,7 @@ class _Export:
             draft = self._manifest(job, graphs, folder)
             neighbours.write(self.also, draft, folder)
             self.stage("proof")
-            verdicts, proof = self._prove(job, graphs, draft, folder)
+            verdicts, proof = self._prove(job, graphs, draft, folder, shrinking)
             self.stage("seal")
             manifest = self._manifest(job, graphs, folder, proof)
             (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -228,7 +233,7 @@ class _Export:
 
     # -- proof --------------------------------------------------------------------------------------------------
     def _prove(
-        self, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path
+        self, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path, shrinking: Shrinking | None
     ) -> tuple[tuple[Verdict, ...], ProofSpec]:
         """Prove the float32 graphs strictly; then, for a half width, write them and measure what the width costs."""
         expected = job.expect(self._progress)
@@ -239,8 +244,8 @@ class _Export:
         except InputError as error:
             raise ProofError(f"the exported graph does not run; nothing was written: {error}") from error
         _insist(verdicts[0])
-        if self.dtype in RECIPES:
-            verdicts.append(self._make_small(job, graphs, folder, expected))
+        if shrinking is not None:
+            verdicts.append(self._make_small(shrinking, job, graphs, expected))
         elif self.dtype != "fp32":
             for model in graphs.values():
                 half.run(model, DTYPES[self.dtype])
@@ -253,16 +258,18 @@ class _Export:
         greedy = last.greedy.identical if last.greedy else 0
         return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
 
-    def _make_small(self, job: Job, graphs: dict[str, ir.Model], folder: Path, expected: golden.Golden) -> Verdict:
+    def _make_small(
+        self, shrinking: Shrinking, job: Job, graphs: dict[str, ir.Model], expected: golden.Golden
+    ) -> Verdict:
         """Weights of a few bits, in the folder and in `graphs`; what they compute."""
 
         def prove(tried: dict[str, ir.Model], spec: WeightsSpec, brief: bool) -> Verdict:
             self.weights = spec
             wanted = expected.brief() if brief else expected
-            return job.verdict(self._manifest(job, tried, folder), folder, wanted, "cpu", self._progress)
+            manifest = self._manifest(job, tried, shrinking.folder)
+            return job.verdict(manifest, shrinking.folder, wanted, "cpu", self._progress)
 
-        shrinking = Shrinking(graphs, folder, prove)
-        verdict = shrinking.run(self.small, self.dtype)
+        verdict = shrinking.run(prove)
         self.weights = shrinking.spec
         graphs.update(shrinking.graphs)
         return verdict

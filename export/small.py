@@ -24,6 +24,8 @@ BLOCK_SIZES = (32, 64, 128)
 GROUPS = 24  # of neighbouring matrices, whose damage is measured together
 
 Graphs = dict[str, ir.Model]
+# Of graphs and what their manifest says of the weights: what they compute; True: by the short cases alone.
+Prove = Callable[[Graphs, WeightsSpec, bool], Verdict]
 Judge = Callable[[Recipe, bool], Verdict]  # of a recipe: what its graph computes; True: by the short cases alone
 
 
@@ -70,29 +72,32 @@ def check(small: Small, dtype: str) -> None:
 class Shrinking:
     """The graphs of a folder with weights of a few bits, written and proved as often as recipes are tried.
 
-    prove: from graphs, what their manifest says of the weights, and whether the short cases are enough, to what they
-    compute.
+    Raises InputError for names that no weight has, before anything is computed.
     """
 
-    def __init__(
-        self, graphs: Mapping[str, ir.Model], folder: Path, prove: Callable[[Graphs, WeightsSpec, bool], Verdict]
-    ) -> None:
-        self.whole, self.folder, self._prove = graphs, folder, prove
+    def __init__(self, graphs: Mapping[str, ir.Model], folder: Path, small: Small, dtype: str) -> None:
+        self.whole, self.folder, self.small = graphs, folder, small
+        self._weights = [names for model in graphs.values() for names in weights_of(model)]
+        self._recipe = small.recipe(dtype, self._weights)
         self._made: Made = {}
+        self._written: tuple[Recipe, Verdict] | None = None  # of the last recipe that was judged by all cases
         self.graphs: Graphs = {}  # those of the last recipe
         self.spec: WeightsSpec | None = None
 
-    def run(self, small: Small, dtype: str) -> Verdict:
-        """Leave in the folder what was asked for. Raises InputError."""
-        weights = [names for model in self.whole.values() for names in weights_of(model)]
-        recipe = small.recipe(dtype, weights)
-        if small.agreement is None:
-            return self.judge(recipe, False)
-        wanted = [names[0] for names in weights]
-        recipe = narrowest(recipe, wanted, small.agreement, self.judge)
-        return self.judge(recipe, False)
+    def run(self, prove: Prove) -> Verdict:
+        """Leave in the folder what was asked for; what it computes."""
 
-    def judge(self, recipe: Recipe, brief: bool) -> Verdict:
+        def judge(recipe: Recipe, brief: bool) -> Verdict:
+            return self._judge(recipe, brief, prove)
+
+        recipe = self._recipe
+        if self.small.agreement is not None:
+            recipe = narrowest(recipe, [names[0] for names in self._weights], self.small.agreement, judge)
+        if self._written is not None and self._written[0] == recipe:
+            return self._written[1]
+        return judge(recipe, False)
+
+    def _judge(self, recipe: Recipe, brief: bool, prove: Prove) -> Verdict:
         """Write the graphs by a recipe and prove them."""
         self.graphs = {name: model.clone() for name, model in self.whole.items()}
         count = sum(quantise.run(model, recipe, self._made) for model in self.graphs.values())
@@ -103,8 +108,9 @@ class Shrinking:
             wider=len(set(recipe.wider) - set(recipe.keep)),
             kept=sum(len(weights_of(model)) for model in self.graphs.values()),
         )  # fmt: skip
-        verdict = self._prove(self.graphs, self.spec, brief)
+        verdict = prove(self.graphs, self.spec, brief)
         self.spec = replace(self.spec, agreement=round(verdict.agreement, 4))
+        self._written = None if brief else (recipe, verdict)
         return verdict
 
 

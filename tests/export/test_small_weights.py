@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import tfinfer
 from tfinfer.cli.main import tfinfer as cli
 from tfinfer.errors import InputError
-from tfinfer.export import export_model
+from tfinfer.export import export_model, graph_files
 from tfinfer.export.modules import Decoder, TransformerConfig
 from tfinfer.export.passes.quantise import Recipe
 from tfinfer.export.small import narrowest
@@ -131,6 +131,14 @@ def test_an_agreement_that_is_asked_for_is_held_by_as_little_as_it_takes(tmp_pat
         assert len(model.generate([1, 2, 3], max_tokens=8, stop_ids=[]).token_ids) == 8
 
 
+def test_an_agreement_that_is_held_at_once_is_proved_once(tmp_path, monkeypatch):
+    saved, save = [], graph_files.save
+    monkeypatch.setattr(graph_files, "save", lambda *given: (saved.append(1), save(*given)))
+    made = export_model(decoder(), tmp_path / "out", dtype="int4", keep_agreement=0.5, attention=False)
+    assert len(saved) == 2  # in float32, and in 4 bits
+    assert (made.manifest.weights.wider, made.manifest.weights.kept) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("dtype", "options", "words"),
     [
@@ -142,8 +150,10 @@ def test_an_agreement_that_is_asked_for_is_held_by_as_little_as_it_takes(tmp_pat
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, dtype, options, words):
+    stages = []
     with pytest.raises(InputError, match=words):
-        export_model(decoder(), tmp_path / "out", dtype=dtype, attention=False, **options)
+        export_model(decoder(), tmp_path / "out", dtype=dtype, attention=False, progress=stages.append, **options)
+    assert "proof" not in stages  # minutes of it, of a large module
     assert not (tmp_path / "out").exists()
 
 

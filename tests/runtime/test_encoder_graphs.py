@@ -105,7 +105,7 @@ def open_with(monkeypatch):
         roles = EncoderRoles(**{part: name for part, name in parts.items() if name in names})
         session = Session(declared or spec, compute)
         monkeypatch.setattr(
-            "tfinfer.session.encoder.open_session",
+            "tfinfer.session.tuned.open_session",
             lambda path, device, threads, on_cpu=None: Opened(session, "cpu", threads, "cpu: asked for"),
         )
         changed = {"graphs": {"encoder": spec}, "encoder": roles, "pooling": None, "vocab_size": 1000, **changes}

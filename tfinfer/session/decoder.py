@@ -15,14 +15,13 @@ import numpy.typing as npt
 
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError, ProviderError
 from tfinfer.manifest import Manifest
-from tfinfer.session import tuned
 from tfinfer.session.cache import Cache
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
-from tfinfer.session.providers import listed_providers, open_session
+from tfinfer.session.providers import listed_providers
 from tfinfer.session.settings import OnCpu
-from tfinfer.session.threads import thread_count
+from tfinfer.session.tuned import open_graph
 
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -51,9 +50,7 @@ class Decoder:
         assert manifest.roles is not None, "the manifest has no decoder"
         self.manifest, self.roles = manifest, manifest.roles
         device, why_not = without_cuda(manifest, device)
-        on_cpu = how if how is not None else tuned.on_cpu(folder, device, threads)
-        path, count = folder / manifest.graphs["decoder"].file, thread_count(threads)
-        opened = open_session(path, device=device, threads=count, on_cpu=on_cpu)
+        opened = open_graph(folder, manifest.graphs["decoder"], device, threads, how)
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
         self.settings = opened.settings
         self._session: Any = opened.session

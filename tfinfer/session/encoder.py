@@ -11,13 +11,11 @@ import numpy.typing as npt
 
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError
 from tfinfer.manifest import EncoderRoles, Manifest
-from tfinfer.session import tuned
 from tfinfer.session.decoder import check_runtime, without_cuda
 from tfinfer.session.failures import translated
 from tfinfer.session.feeds import complete
-from tfinfer.session.providers import open_session
 from tfinfer.session.settings import OnCpu
-from tfinfer.session.threads import thread_count
+from tfinfer.session.tuned import open_graph
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -52,8 +50,7 @@ class Encoder:
         self.vocab_size = manifest.source_vocab_size or manifest.vocab_size
         self.max_length = manifest.max_source_length or manifest.max_length
         device, why_not = without_cuda(manifest, device)
-        on_cpu = how if how is not None else tuned.on_cpu(folder, device, threads)
-        opened = open_session(folder / self.graph.file, device=device, threads=thread_count(threads), on_cpu=on_cpu)
+        opened = open_graph(folder, self.graph, device, threads, how)
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
         self.settings = opened.settings
         self._session: Any = opened.session

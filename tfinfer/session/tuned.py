@@ -18,11 +18,12 @@ from typing import Any
 
 from tfinfer.errors import CorruptModelError, ManifestError, MissingDependencyError, TargetError, UnsafeModelError
 from tfinfer.integrity import sha256
-from tfinfer.manifest import FILE_NAME, read_as
+from tfinfer.manifest import FILE_NAME, GraphSpec, read_as
 from tfinfer.session.machine import this_machine
 from tfinfer.session.ort import onnxruntime
+from tfinfer.session.providers import Opened, open_session
 from tfinfer.session.settings import OnCpu, Settings
-from tfinfer.session.threads import Threads
+from tfinfer.session.threads import Threads, thread_count
 
 TUNE_FILE = "tfinfer.tune.json"
 SCHEMA = 1
@@ -65,6 +66,12 @@ def key_of(folder: Path) -> Key:
         machine.cpu, machine.cores, machine.hardware_threads, str(onnxruntime().__version__), "cpu",
         sha256(folder / FILE_NAME),
     )  # fmt: skip
+
+
+def open_graph(folder: Path, graph: GraphSpec, device: str, threads: int | None, how: OnCpu | None) -> Opened:
+    """Open a graph of a folder. how: as to do it on the CPU; None: as the folder's tuning, or else `threads`, says."""
+    chosen = on_cpu(folder, device, threads) if how is None else how
+    return open_session(folder / graph.file, device=device, threads=thread_count(threads), on_cpu=chosen)
 
 
 def on_cpu(folder: Path, device: str, threads: int | None) -> OnCpu | None:
