@@ -14,9 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,112 +21,29 @@ from typing import Any
 import numpy as np
 import roofline
 from checkpoints import LONGEST, SHAPES, checkpoint
+from in_turns import System, measure, open_all
 from peers_table import OURS, bytes_per_token, lines, summary, write_csv
 
 from tfinfer.session.machine import cpu_model
 from tfinfer.session.threads import thread_count
 
-HERE = Path(__file__).resolve().parent
-
-
-@dataclass(frozen=True)
-class System:
-    """A file of `systems/`, and the setting it is opened with; `package` is what must be installed."""
-
-    module: str
-    package: str
-    setting: str = ""
-    peer: bool = True
-
-
 SYSTEMS = {
-    OURS: System("tfinfer_folder", "tfinfer", peer=False),
-    "tfinfer tuned": System("tfinfer_folder", "tfinfer", "tuned", peer=False),
-    "ruler": System("ruler_graph", "onnxruntime", peer=False),
+    OURS: System("tfinfer_folder", "tfinfer"),
+    "tfinfer tuned": System("tfinfer_folder", "tfinfer", "tuned"),
+    "ruler": System("ruler_graph", "onnxruntime"),
     "transformers": System("torch_eager", "transformers"),
     "torch.compile": System("torch_eager", "transformers", "compile"),
     "onnxruntime-genai": System("genai_builder", "onnxruntime-genai"),
+    "onnxruntime-genai default": System("genai_builder", "onnxruntime-genai", "default"),
     "llama.cpp": System("llama_cpp_gguf", "llama-cpp-python"),
+    "llama.cpp default": System("llama_cpp_gguf", "llama-cpp-python", "default"),
     "llama.cpp flash": System("llama_cpp_gguf", "llama-cpp-python", "flash"),
+    "llama.cpp flash, f16 cache": System("llama_cpp_gguf", "llama-cpp-python", "flash f16"),
+    "llama.cpp flash, q8 cache": System("llama_cpp_gguf", "llama-cpp-python", "flash q8"),
     "OpenVINO GenAI": System("openvino_gguf", "openvino-genai"),
     "CTranslate2": System("ctranslate2_model", "ctranslate2"),
     "optimum-onnx": System("optimum_onnx", "optimum-onnx"),
 }
-
-
-@dataclass
-class Worker:
-    """A system that is open in its process."""
-
-    name: str
-    process: subprocess.Popen[str]
-    ready: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, name: str, python: str, given: dict[str, Any]) -> Worker:
-        system = SYSTEMS[name]
-        command = [
-            python,
-            str(HERE / "systems" / "worker.py"),
-            system.module,
-            json.dumps({**given, "setting": system.setting}),
-        ]
-        log = (Path(given["cache"]) / f"{name.replace(' ', '-')}-{given['bits']}.log").open("w")
-        pipe = subprocess.PIPE
-        worker = cls(name, subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True))
-        worker.ready = worker._answer()
-        return worker
-
-    def ask(self, ids: list[int], new: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps({"ids": ids, "new": new}) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return {"failed": "its process ended"}
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("ANSWER "):
-                found: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-                return found
-        return {"failed": f"its process ended with exit code {self.process.wait()}"}
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def open_all(names: list[str], pythons: dict[str, str], given: dict[str, Any]) -> tuple[list[Worker], dict[str, str]]:
-    """Those that open, and why the others do not."""
-    workers, failed = [], {}
-    for name in names:
-        worker = Worker.open(name, pythons.get(name, sys.executable), given)
-        if "failed" in worker.ready:
-            failed[name] = worker.ready["failed"]
-            worker.close()
-            continue
-        print(f"{name}: open after {worker.ready['ready']} s, {worker.ready['memory']} MiB", flush=True)
-        workers.append(worker)
-    return workers, failed
-
-
-def measure(workers: list[Worker], ids: list[int], new: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Every system once per round, after a round that does not count; one that fails is left out from then on."""
-    found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    for number in range(rounds + 1):
-        for worker in workers:
-            if worker.name not in found:
-                continue
-            answer = worker.ask(ids, new)
-            if "failed" in answer:
-                print(f"{worker.name}: {answer['failed']}")
-                del found[worker.name]
-            elif number:
-                found[worker.name].append(answer)
-    return found
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -194,7 +108,7 @@ def _run_bits(
         "longest": min(LONGEST, max(a.prompt) + a.new + 64),
     }  # fmt: skip
     pythons = dict(pair.split("=", 1) for pair in a.python)
-    workers, failed = open_all(names, pythons, given)
+    workers, failed = open_all({name: SYSTEMS[name] for name in names}, pythons, given)
     for name, why in failed.items():
         print(f"{name}: not there: {why}")
     records = []

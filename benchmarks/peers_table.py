@@ -27,23 +27,23 @@ def summary(found: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, di
             "between_tokens_ms": {f"p{q}": round(1e3 * float(np.percentile(every, q)), 3) for q in (50, 90, 95, 99)},
             "memory_mib": max(r["memory"] for r in rounds),
             "tokens": rounds[0]["tokens"],
-            "first_tokens_as_ours": _agreeing(rounds, found.get(OURS, rounds)),
+            "first_tokens_as_ours": agreeing(rounds, found.get(OURS, rounds)),
         }
         if OURS in found:
             own = found[OURS]
-            row["prefill_ratio"] = _ratio([a / b["seconds"][0] for a, b in zip(first, own)])
-            row["decode_ratio"] = _ratio([a / statistics.median(b["seconds"][1:]) for a, b in zip(between, own)])
+            row["prefill_ratio"] = spread([a / b["seconds"][0] for a, b in zip(first, own)])
+            row["decode_ratio"] = spread([a / statistics.median(b["seconds"][1:]) for a, b in zip(between, own)])
         result[name] = row
     return result
 
 
-def _agreeing(rounds: list[dict[str, Any]], own: list[dict[str, Any]]) -> int:
+def agreeing(rounds: list[dict[str, Any]], own: list[dict[str, Any]]) -> int:
     """How many tokens are the same before the first that is not."""
     pairs = list(zip(rounds[0]["tokens"], own[0]["tokens"]))
     return next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
 
 
-def _ratio(ratios: list[float]) -> list[float]:
+def spread(ratios: list[float]) -> list[float]:
     return [round(f(ratios), 3) for f in (statistics.median, min, max)]
 
 

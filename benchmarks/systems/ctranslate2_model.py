@@ -15,14 +15,9 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     """Return a function that yields tokens."""
     import ctranslate2
 
-    if given["bits"] not in TYPES:
-        raise ValueError("float32 and int8 only")
-    folder = Path(given["cache"]) / f"ctranslate2-{given['bits']}"
-    if not (folder / "model.bin").exists():
-        converter = ctranslate2.converters.TransformersConverter(given["checkpoint"])
-        converter.convert(str(folder), quantization=TYPES[given["bits"]])
+    folder, compute_type = converted(given)
     generator = ctranslate2.Generator(
-        str(folder), device="cpu", compute_type=TYPES[given["bits"]], inter_threads=1, intra_threads=given["threads"]
+        folder, device="cpu", compute_type=compute_type, inter_threads=1, intra_threads=given["threads"]
     )
 
     def generate(ids: list[int], new: int) -> Iterator[int]:
@@ -34,3 +29,16 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
         )  # fmt: skip
 
     return generate
+
+
+def converted(given: dict[str, Any]) -> tuple[str, str]:
+    """The folder of the checkpoint converted, and the type to compute in."""
+    import ctranslate2
+
+    if given["bits"] not in TYPES:
+        raise ValueError("float32 and int8 only")
+    folder = Path(given["cache"]) / f"ctranslate2-{given['bits']}"
+    if not (folder / "model.bin").exists():
+        converter = ctranslate2.converters.TransformersConverter(given["checkpoint"])
+        converter.convert(str(folder), quantization=TYPES[given["bits"]])
+    return str(folder), TYPES[given["bits"]]

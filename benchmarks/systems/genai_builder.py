@@ -13,14 +13,17 @@ PRECISIONS = {32: "fp32", 8: "int8", 4: "int4"}
 
 
 def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
-    """Return a function that yields tokens."""
+    """Return a function that yields tokens. setting "default": with as many threads as it takes by itself."""
     import onnxruntime_genai as og
 
     folder = Path(given["cache"]) / f"genai-{given['bits']}"
     if not (folder / "genai_config.json").exists():
         _build(given, folder)
     settings = json.loads((folder / "genai_config.json").read_text())
-    settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = given["threads"]
+    options = settings["model"]["decoder"]["session_options"]
+    options.pop("intra_op_num_threads", None)
+    if given["setting"] != "default":
+        options["intra_op_num_threads"] = given["threads"]
     (folder / "genai_config.json").write_text(json.dumps(settings, indent=1))
     model = og.Model(str(folder))
 

@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+CACHES = {"f16": 1, "q8": 8}  # ggml_type
+
 
 def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
-    """Return a function that yields tokens. setting "flash": with flash attention."""
+    """Return a function that yields tokens.
+
+    setting: words of "flash" (attention), "f16" or "q8" (the cache; float32 else, as everybody here), "default".
+    """
     import llama_cpp as c
     from gguf_file import write
 
@@ -19,13 +24,7 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     model = c.llama_model_load_from_file(str(file).encode(), c.llama_model_default_params())
     if not model:
         raise RuntimeError("llama.cpp does not open the file")
-    params = c.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = given["longest"], 2048, 512
-    params.n_threads = params.n_threads_batch = given["threads"]
-    params.flash_attn_type = 1 if given["setting"] == "flash" else 0
-    params.type_k = params.type_v = 0  # a cache of float32, as everybody here
-    params.no_perf = True
-    context = c.llama_init_from_model(model, params)
+    context = c.llama_init_from_model(model, _params(c, given))
     if not context:
         raise RuntimeError("llama.cpp makes no context")
     sampler = c.llama_sampler_init_greedy()
@@ -44,3 +43,14 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
             yield token
 
     return generate
+
+
+def _params(c: Any, given: dict[str, Any]) -> Any:
+    params = c.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.no_perf = given["longest"], 2048, True
+    words = given["setting"].split()
+    if "default" not in words:
+        params.n_ubatch, params.n_threads, params.n_threads_batch = 512, given["threads"], given["threads"]
+        params.flash_attn_type = int("flash" in words)
+        params.type_k = params.type_v = next((kind for word, kind in CACHES.items() if word in words), 0)
+    return params

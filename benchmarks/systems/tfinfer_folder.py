@@ -17,10 +17,7 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     """Return a function that yields tokens; nothing is reused from one call to the next."""
     import tfinfer
 
-    folder = Path(given["cache"]) / f"tfinfer-{given['bits']}"
-    if not (folder / "tfinfer.json").exists():
-        _run("export", given["checkpoint"], "-o", folder, "--dtype", DTYPES[given["bits"]], "--no-attention",
-             "--max-length", given["longest"])  # fmt: skip
+    folder = exported(given)
     if given["setting"] == "tuned":
         folder = _tuned(folder)
     model = tfinfer.load(folder, threads=None if given["setting"] == "tuned" else given["threads"])
@@ -30,6 +27,15 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
             yield from chunk.token_ids
 
     return generate
+
+
+def exported(given: dict[str, Any]) -> Path:
+    """The folder of the checkpoint exported, long enough for what is asked."""
+    folder = Path(given["cache"]) / f"tfinfer-{given['bits']}-{given['longest']}"
+    if not (folder / "tfinfer.json").exists():
+        _run("export", given["checkpoint"], "-o", folder, "--dtype", DTYPES[given["bits"]], "--no-attention",
+             "--max-length", given["longest"])  # fmt: skip
+    return folder
 
 
 def _tuned(folder: Path) -> Path:

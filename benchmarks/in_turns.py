@@ -1,0 +1,94 @@
+"""Systems in processes of their own that are asked for one round after the other, while the rest wait."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class System:
+    """A file of `systems/`, and the setting it is opened with; `package` is what must be installed."""
+
+    module: str
+    package: str
+    setting: str = ""
+
+
+@dataclass
+class Worker:
+    """A system that is open in its process."""
+
+    name: str
+    process: subprocess.Popen[str]
+    ready: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, name: str, system: System, python: str, given: dict[str, Any]) -> Worker:
+        settings = json.dumps({**given, "setting": system.setting})
+        command = [python, str(HERE / "systems" / "worker.py"), system.module, settings]
+        log = (Path(given["cache"]) / f"{name.replace(' ', '-')}-{given['bits']}.log").open("w")
+        pipe = subprocess.PIPE
+        worker = cls(name, subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True))
+        worker.ready = worker._answer()
+        return worker
+
+    def ask(self, ids: list[int], new: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"ids": ids, "new": new}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return {"failed": "its process ended"}
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                found: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+                return found
+        return {"failed": f"its process ended with exit code {self.process.wait()}"}
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def open_all(
+    systems: Mapping[str, System], pythons: Mapping[str, str], given: dict[str, Any]
+) -> tuple[list[Worker], dict[str, str]]:
+    """Those that open, and why the others do not. pythons: by name, an interpreter that has a system's packages."""
+    workers, failed = [], {}
+    for name, system in systems.items():
+        worker = Worker.open(name, system, pythons.get(name, sys.executable), given)
+        if "failed" in worker.ready:
+            failed[name] = worker.ready["failed"]
+            worker.close()
+            continue
+        print(f"{name}: open after {worker.ready['ready']} s, {worker.ready['memory']} MiB", flush=True)
+        workers.append(worker)
+    return workers, failed
+
+
+def measure(workers: Sequence[Worker], ids: list[int], new: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Every system once per round, after a round that does not count; one that fails is left out from then on."""
+    found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
+    for number in range(rounds + 1):
+        for worker in workers:
+            if worker.name not in found:
+                continue
+            answer = worker.ask(ids, new)
+            if "failed" in answer:
+                print(f"{worker.name}: {answer['failed']}")
+                del found[worker.name]
+            elif number:
+                found[worker.name].append(answer)
+    return found
