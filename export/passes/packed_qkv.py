@@ -6,7 +6,7 @@ numbered columns. So one projection for all three, whatever order its columns ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,24 +57,29 @@ def _pack(graph: ir.Graph, walk: Walk, node: ir.Node, made: dict[Any, ir.Value])
     past = node.inputs[PAST_KEY]
     if None in given or past is None or past.producer() is not None:  # it only reads what another attention wrote
         return False
-    sides = [side for value in given if value is not None and (side := _side(walk, value)) is not None]
-    if len(sides) < len(SIDES) or len({side.product.factor for side in sides}) > 1 or not _is_closed(node, sides):
+    sides = [side for value in given if value is not None and (side := side_of(walk, value)) is not None]
+    if len(sides) < len(SIDES) or len({side.product.factor for side in sides}) > 1 or not is_closed({node}, sides):
         return False
-    packed = _joined_product(graph, node, sides, made)
+    packed = joined_product(graph, node, sides, made)
     node.replace_input_with(0, packed)
     for i in SIDES[1:]:
         node.replace_input_with(i, None)
+    remove(graph, walk, sides)
+    return True
+
+
+def remove(graph: ir.Graph, walk: Walk, sides: Sequence[Side]) -> None:
+    """Remove what nobody reads any more of the products and what stands behind them."""
     for side in sides:
         if side.stretch is not None:
             side.stretch.remove()
     for old in sorted({n for side in sides for n in side.product.nodes}, key=walk.at.__getitem__, reverse=True):
         if not old.outputs[0].uses():
             graph.remove(old, safe=True)
-    return True
 
 
-def _joined_product(graph: ir.Graph, node: ir.Node, sides: Sequence[Side], made: dict[Any, ir.Value]) -> ir.Value:
-    """(batch, seq, all widths): the value of one product; that of the only one where it is so already."""
+def joined_product(graph: ir.Graph, node: ir.Node, sides: Sequence[Side], made: dict[Any, ir.Value]) -> ir.Value:
+    """(batch, seq, all widths): one product before `node`; the only one itself where it is so already."""
     first = sides[0].product
     if all(side.product is first or side.product.value is first.value for side in sides):
         every = np.concatenate([side.columns for side in sides])
@@ -97,7 +102,8 @@ def _of(value: ir.Value | None, columns: Array) -> Columns:
     return Columns(value, tuple(columns.tolist()))
 
 
-def _side(walk: Walk, value: ir.Value) -> Side | None:
+def side_of(walk: Walk, value: ir.Value) -> Side | None:
+    """What columns of which product a value (batch, seq, width) is, and nothing else."""
     if (product := _product(value)) is not None:
         return Side(product, np.arange(product.width), None)
     for stretch in walk.back(value):
@@ -145,9 +151,11 @@ def _columns(stretch: Stretch, width: int) -> Array | None:
     return columns if taken is not None and np.array_equal(taken, anything[..., columns]) else None
 
 
-def _is_closed(node: ir.Node, sides: Sequence[Side]) -> bool:
-    """Whether nobody else reads the products, nor anything on the way."""
+def is_closed(readers: Collection[ir.Node], sides: Sequence[Side]) -> bool:
+    """Whether nobody but `readers` reads the products, nor anything on the way."""
     inner = {n for s in sides for n in (*s.product.nodes, *(s.stretch.nodes if s.stretch else ()))}
     values = [value for n in inner for value in n.outputs]
-    readers: Iterator[ir.Node] = (use.node for value in values for use in value.uses())
-    return all(reader is node or reader in inner for reader in readers) and not any(v.is_graph_output() for v in values)
+    found = (use.node for value in values for use in value.uses())
+    return all(reader in readers or reader in inner for reader in found) and not any(
+        v.is_graph_output() for v in values
+    )

@@ -15,6 +15,7 @@ from . import (
     needless,
     packed_qkv,
     projection_bias,
+    qk_norm,
     rms_norm,
     rotary,
     row_stride,
@@ -35,6 +36,7 @@ PASSES: dict[str, Pass] = {
     "bias_gelu": bias_gelu.run,
     "rotary": rotary.run,
     "packed_qkv": packed_qkv.run,
+    "qk_norm": qk_norm.run,
     "projection_bias": projection_bias.run,
     "mask_branch": mask_branch.run,
     "row_stride": row_stride.run,
@@ -43,6 +45,7 @@ PASSES: dict[str, Pass] = {
 }
 # Onnxruntime's kernels for these are slower on a CPU than the operators by themselves, and float32 is for a CPU.
 NARROW = {"skip_norm", "bias_gelu"}
+WIDE = {"qk_norm"}  # a norm's weight by head, which only the CPU's kernel is known to take
 # With the operators of ONNX alone; None leaves a pass out.
 STANDARD: dict[str, Pass | None] = {
     "rms_norm": rms_norm.run_standard,
@@ -55,4 +58,5 @@ STANDARD: dict[str, Pass | None] = {
 def run(model: ir.Model, flavor: str = "ort", narrow: bool = False) -> dict[str, int]:
     """Apply every pass of a flavour in place; returns how often each fired. narrow: float16 or bfloat16 will follow."""
     passes = {name: STANDARD.get(name, apply) if flavor == "standard" else apply for name, apply in PASSES.items()}
-    return {name: apply(model) for name, apply in passes.items() if apply and (narrow or name not in NARROW)}
+    left_out = WIDE if narrow else NARROW
+    return {name: apply(model) for name, apply in passes.items() if apply and name not in left_out}

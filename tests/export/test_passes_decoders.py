@@ -88,6 +88,7 @@ def test_families_of_transformers(family, into, packed, apart, tmp_path, monkeyp
     build = importlib.import_module("one").build
     nodes, fired = exported(build(family), tmp_path / "out", monkeypatch)
     assert (folded(nodes), fired["packed_qkv"]) == (into, packed)
+    assert fired["qk_norm"] == (2 if family == "qwen3" else 0)
     assert sum(node.op_type == "RotaryEmbedding" for node in nodes) == apart
 
 
