@@ -8,11 +8,13 @@ from tfinfer.errors import TfinferError
 from tfinfer.version import __version__
 
 if TYPE_CHECKING:
+    from tfinfer.batcher import Batcher
     from tfinfer.completion import Chunk, Completion, Timings, Usage
     from tfinfer.conversation import Conversation
     from tfinfer.model import Model, load
 
 __all__ = [
+    "Batcher",
     "Chunk",
     "Completion",
     "Conversation",
@@ -27,9 +29,12 @@ __all__ = [
 
 logging.getLogger("tfinfer").addHandler(logging.NullHandler())
 
-_HOMES = {"load": "tfinfer.model", "Model": "tfinfer.model", "Conversation": "tfinfer.conversation"} | dict.fromkeys(
-    ("Chunk", "Completion", "Timings", "Usage"), "tfinfer.completion"
-)
+_HOMES = {
+    "load": "tfinfer.model",
+    "Model": "tfinfer.model",
+    "Conversation": "tfinfer.conversation",
+    "Batcher": "tfinfer.batcher",
+} | dict.fromkeys(("Chunk", "Completion", "Timings", "Usage"), "tfinfer.completion")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What generation returns: plain frozen records."""
+"""What generation returns: plain frozen records, and how they are made of tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from tfinfer.tokens.generate import FinishReason
+from tfinfer.request import Request
+from tfinfer.tokens.generate import FinishReason, Token
 from tfinfer.tokens.sampling import TokenLogprobs
+from tfinfer.tokens.text import RowText
+from tfinfer.tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,27 @@ class Completion:
         return dataclasses.asdict(self)
 
 
+class Telling:
+    """Makes the chunks of one prompt of its tokens. prompt_tokens: how many the caller gave; started: when."""
+
+    def __init__(self, index: int, text: RowText, prompt_tokens: int, started: float) -> None:
+        self.index, self.text, self.prompt_tokens, self.started = index, text, prompt_tokens, started
+        self.first: float | None = None  # when its first token came
+        self.count = 0
+
+    def chunk(self, token: Token, now: float, reused: int, drafted: tuple[int, ...] = ()) -> Chunk:
+        """What a token that came at `now` tells. reused, drafted: as in Usage, for the last one."""
+        self.first = now if self.first is None else self.first
+        self.count += token.token_id is not None
+        text, reason = self.text.push(token.token_id, token.finish_reason)
+        ids = () if token.token_id is None else (token.token_id,)
+        if reason is None:
+            return Chunk(self.index, text, ids, None, token.logprobs)
+        usage = Usage(self.prompt_tokens, self.count, reused, *drafted)
+        timings = Timings(self.first - self.started, now - self.first)
+        return Chunk(self.index, text, ids, reason, token.logprobs, usage, timings)
+
+
 class Growing:
     """Collects the chunks of one prompt."""
 
@@ -89,3 +113,12 @@ class Growing:
             token_ids=tuple(i for c in self.chunks for i in c.token_ids),
             finish_reason=last.finish_reason, usage=last.usage, timings=last.timings, logprobs=logprobs or None,
         )  # fmt: skip
+
+
+def telling(tokenizer: Tokenizer | None, request: Request, started: float) -> list[Telling]:
+    """Who makes the chunks of each prompt of a request."""
+    stop = request.settings.stop
+    return [
+        Telling(index, RowText(tokenizer, shown, stop), len(given), started)
+        for index, (shown, given) in enumerate(zip(request.shown, request.given))
+    ]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from tfinfer import speculation
-from tfinfer.completion import Chunk, Completion, Growing, Timings, Usage
+from tfinfer.batcher import Batcher
+from tfinfer.completion import Chunk, Completion, Growing, Timings, Usage, telling
 from tfinfer.conversation import Conversation, open_conversation
 from tfinfer.errors import InputError, ManifestError
 from tfinfer.manifest import FILE_NAME, Manifest
@@ -182,6 +183,16 @@ class GeneratingModel(Model):
             )
         return open_conversation(self, path)
 
+    def batcher(self, slots: int = 8, *, capacity: int = 256, piece: int = 128, reuse_prefix: bool = True) -> Batcher:
+        """What lets callers in different threads share every step: see `Batcher`. Raises InputError for what has none.
+
+        slots: how many prompts go on together. capacity: positions that each has room for at first; it grows. piece:
+        how many tokens of a prompt that joins are run at once, which is how long the others wait. reuse_prefix: whether
+        what one prompt left, or holds, is used for others that begin with it.
+        """
+        self._check_open()
+        return Batcher(self, slots, capacity, piece, reuse_prefix)
+
     def _chunks(self, request: Request) -> Iterator[Chunk]:
         with self._lent(request) as cache:
             yield from self._run(request, cache, None)
@@ -219,29 +230,19 @@ class GeneratingModel(Model):
             held=seats.held if seats else (),
             choose=speculating.choose if speculating else choose,
         )
-        texts = [RowText(self.tokenizer, ids, settings.stop) for ids in request.shown]
-        firsts: dict[int, float] = {}
-        counts = [0] * len(texts)
+        rows = telling(self.tokenizer, request, started)
         with contextlib.closing(batch.tokens()) as tokens:
             for token in tokens:
-                row = token.index
-                if texts[row].stopped:
+                row = rows[token.index]
+                if row.text.stopped:
                     continue
-                now = time.perf_counter()
-                if seats and row not in firsts and not request.sources:
-                    cache.keep(seats.slots[row])  # it holds the prompt, to which another answer may go back
-                firsts.setdefault(row, now)
-                counts[row] += token.token_id is not None
-                text, reason = texts[row].push(token.token_id, token.finish_reason)
-                ids = () if token.token_id is None else (token.token_id,)
-                if reason is None:
-                    yield Chunk(row, text, ids, None, token.logprobs)
-                    continue
-                batch.finish(row)
-                drafted = speculating.counts(row) if speculating else ()
-                usage = Usage(len(request.given[row]), counts[row], reused[row], *drafted)
-                timings = Timings(firsts[row] - started, now - firsts[row])
-                yield Chunk(row, text, ids, reason, token.logprobs, usage, timings)
+                if seats and row.first is None and not request.sources:
+                    cache.keep(seats.slots[row.index])  # it holds the prompt, to which another answer may go back
+                drafted = speculating.counts(row.index) if speculating else ()
+                chunk = row.chunk(token, time.perf_counter(), reused[row.index], drafted)
+                if chunk.finish_reason is not None:
+                    batch.finish(row.index)
+                yield chunk
 
     def _search(self, request: Request) -> list[list[Completion]]:
         """The best sequences of every prompt, by beam search."""

@@ -12,6 +12,7 @@ BANNED = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers")
 
 def test_the_public_names_are_these():
     assert set(tfinfer.__all__) == {
+        "Batcher",
         "Chunk",
         "Completion",
         "Conversation",
