@@ -135,23 +135,29 @@ class Batcher:
 
     # -- the thread ---------------------------------------------------------------------------------------------
     def _work(self, loop: Continuous) -> None:
-        try:
-            while self._take(loop):
+        why = "the batcher was closed: make another one"
+        while self._take(loop):
+            try:
+                outcomes = loop.advance()
+            except Exception as error:  # of any kind: nobody may wait for ever
+                self._refuse([*loop.rows, *loop.waiting], error)
+                loop.cache.close()  # what it holds may be half written, or not finite
                 try:
-                    outcomes = loop.advance()
-                except Exception as error:  # of any kind: nobody may wait for ever
-                    self._refuse(loop, error)
-                    loop.cache.close()  # what it holds may be half written, or not finite
                     loop = self._opened()
-                    continue
-                now = time.perf_counter()
-                for row, outcome in outcomes:
-                    row.to.put((row, outcome, now))
-        finally:
-            self._closed = True
-            self._take(loop)
-            self._refuse(loop, ClosedError("the batcher was closed"))
-            loop.cache.close()
+                except Exception as failure:
+                    why = f"the batcher ended, for its cache does not open again: {failure!r}: make another one"
+                    break
+                continue
+            now = time.perf_counter()
+            for row, outcome in outcomes:
+                row.to.put((row, outcome, now))
+        self._leave([*loop.rows, *loop.waiting], ClosedError(why))
+        loop.cache.close()
+
+    def _leave(self, rows: Sequence[Row], why: ClosedError) -> None:
+        with self._changed:
+            self._closed, asked = True, self._asked
+        self._refuse([*rows, *asked], why)
 
     def _take(self, loop: Continuous) -> bool:
         """Hand new and ended prompts to the loop, wait where there is nothing to do; false when it is over."""
@@ -167,15 +173,14 @@ class Batcher:
         return not self._closed
 
     @staticmethod
-    def _refuse(loop: Continuous, error: Exception) -> None:
+    def _refuse(rows: Sequence[Row], error: Exception) -> None:
         told = error if isinstance(error, TfinferError) else TfinferError(f"a step failed: {error}")
-        for row in (*loop.rows, *loop.waiting):
+        for row in rows:
             row.to.put((row, told, time.perf_counter()))
 
     def _opened(self) -> Continuous:
         decoder, vocab_size = self._model.decoder, self._model.manifest.num_logits
         cache = decoder.open_cache(self._slots, self._capacity)
-        cache.leaves = self._reuses
         return Continuous(decoder, cache, vocab_size, self._piece, seated if self._reuses else empty)
 
 

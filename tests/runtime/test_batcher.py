@@ -1,5 +1,7 @@
 """Threads that share steps get what they would get alone; what is refused, ended, cancelled, broken and closed."""
 
+import dataclasses
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -61,12 +63,33 @@ def test_what_another_call_left_is_not_computed_again_unless_told(model):
             assert last.usage.reused_tokens == expected
 
 
-def test_leaving_a_stream_frees_its_slot(model):
+class Slow:
+    """Steps of a decoder that take their time, counted."""
+
+    def __init__(self, model):
+        self.count, self._step = 0, model.decoder.step
+        model.decoder.step = self
+
+    def __call__(self, *given):
+        self.count += 1
+        time.sleep(0.01)
+        return self._step(*given)
+
+
+@pytest.fixture
+def slow():
+    with tfinfer.load(HERE / "tiny", threads=1) as model:
+        yield model, Slow(model)
+
+
+def test_leaving_a_stream_frees_its_slot(slow):
+    model, steps = slow
     with model.batcher(1) as batcher:
         stream = batcher.stream([1, 2], max_tokens=90, stop_ids=[])
         next(stream)
         stream.close()
         assert len(batcher.generate([3], max_tokens=2, stop_ids=[]).token_ids) == 2
+    assert steps.count < 45
 
 
 def test_cancel_ends_a_call_that_waits_for_a_slot(model):
@@ -80,14 +103,31 @@ def test_cancel_ends_a_call_that_waits_for_a_slot(model):
         holding.close()
 
 
-def test_a_stop_string_ends_its_prompt_alone(model, batcher):
+def test_a_stop_string_ends_its_prompt_alone_and_at_once(slow):
+    model, steps = slow
     whole = model.generate([5, 6], max_tokens=12, stop_ids=[])
-    if model.tokenizer is None or not whole.text:
-        pytest.skip("no text")
     stop = whole.text[len(whole.text) // 2]
-    stopped = batcher.generate([5, 6], max_tokens=12, stop_ids=[], stop=stop)
-    assert stopped.finish_reason == "stop"
-    assert stopped.text == whole.text.split(stop)[0]
+    steps.count = 0
+    with model.batcher(1) as batcher:
+        stopped = batcher.generate([5, 6], max_tokens=90, stop_ids=[], stop=stop)
+        assert batcher.generate([7], max_tokens=2, stop_ids=[]).usage.completion_tokens == 2
+    assert (stopped.finish_reason, stopped.text) == ("stop", whole.text.split(stop)[0])
+    assert steps.count < 45
+
+
+def test_tokens_that_came_after_a_stop_string_are_nobodys(model, batcher):
+    texts = {n: model.generate([n], max_tokens=40, stop_ids=[]).text for n in range(5, 30)}
+    stopped, other, stop = next(
+        (one, two, stop)
+        for one, two in itertools.permutations(texts, 2)
+        for stop in texts[one][3:10]
+        if stop not in texts[two]
+    )
+    found = ["", ""]
+    for chunk in batcher.stream([[stopped], [other]], max_tokens=40, stop_ids=[], stop=stop):
+        found[chunk.index] += chunk.text
+        time.sleep(0.005)  # meanwhile the thread goes on
+    assert found == [texts[stopped].split(stop)[0], texts[other]]
 
 
 REFUSED = [({"num_beams": 2}, "num_beams"), ({"lookup": True}, "lookup"), ({"reuse_prefix": False}, "model.batcher")]
@@ -126,6 +166,43 @@ def test_a_step_that_fails_is_told_to_all_and_the_next_call_works(remembering):
             batcher.generate([[1], [2]], max_tokens=9, stop_ids=[])
         model.decoder.fails = None
         assert batcher.generate([1], max_tokens=3, stop_ids=[]).token_ids == greedy("positions", [1], 3)
+
+
+def test_a_cache_that_cannot_be_opened_again_ends_the_batcher_for_all(remembering):
+    model = remembering("positions")
+    batcher, told = model.batcher(1), []
+
+    def late():
+        with pytest.raises(ClosedError):
+            batcher.generate([2], max_tokens=2)
+        told.append(True)
+
+    thread, started = threading.Thread(target=late), threading.Event()
+
+    def no_memory(*_):
+        thread.start()
+        started.set()
+        while not batcher._asked:
+            time.sleep(0.001)
+        raise MemoryError
+
+    model.decoder.fails, model.decoder.open_cache = 2, no_memory
+    with pytest.raises(TfinferError, match="broken"):
+        batcher.generate([1], max_tokens=9, stop_ids=[])
+    assert started.wait(10)
+    thread.join(10)
+    assert told
+    batcher.close()
+
+
+def test_a_graph_that_takes_one_token_at_a_time_gets_short_pieces(remembering):
+    model = remembering("positions")
+    model.manifest = dataclasses.replace(model.manifest, appends_one=True)
+    prefill, lengths = model.decoder.prefill, []
+    model.decoder.prefill = lambda cache, slot, ids: (lengths.append(len(ids)), prefill(cache, slot, ids))[1]
+    with model.batcher(1, piece=64) as batcher:
+        batcher.generate([1] * 20, max_tokens=2, stop_ids=[])
+    assert lengths == [8, 8, 4]
 
 
 def test_closing_tells_those_who_wait_and_those_who_come_later(remembering):

@@ -110,6 +110,40 @@ def test_a_beginning_that_a_live_slot_holds_is_not_run_again():
     assert ids_of(drain(loop)[second])[-1] == greedy("positions", second.prompt, 3)[-1]
 
 
+def test_a_prompt_that_a_live_slot_holds_whole_still_runs_its_last_id():
+    loop, prompt = loop_of(Remembering("positions", VOCAB), seated, piece=64), [1, 2] * 20
+    rows = [row(prompt, max_tokens=20), row(prompt)]
+    loop.add(rows[0])
+    loop.advance()
+    loop.add(rows[1])
+    assert ids_of(drain(loop)[rows[1]]) == greedy("positions", prompt, 3)
+    assert rows[1].reused == len(prompt) - 1
+
+
+def test_states_are_taken_up_where_an_earlier_prompt_ended_and_not_out_of_a_live_slot():
+    loop, prompt = loop_of(Remembering("states", VOCAB), seated, piece=64), [1, 2] * 20
+    first, beside, later = row(prompt, max_tokens=20), row([*prompt, 0]), row([*prompt, 2])
+    loop.add(first)
+    loop.advance()
+    loop.add(beside)
+    found = drain(loop)
+    loop.add(later)
+    found |= drain(loop)
+    for one in (beside, later):
+        assert ids_of(found[one]) == greedy("states", one.prompt, 3)
+    assert (beside.reused, later.reused) == (0, len(prompt))
+
+
+def test_rows_stay_where_they_are_when_one_leaves_and_another_takes_its_place():
+    loop = loop_of(Remembering("positions", VOCAB))
+    rows = [row([1], max_tokens=4), row([2], max_tokens=9), row([0], max_tokens=8), row([1, 1], max_tokens=9)]
+    for one in rows:
+        loop.add(one)
+    drain(loop)
+    assert rows[3].slot > rows[2].slot  # who came last stands first
+    assert loop.cache.moved == 0
+
+
 def test_a_prompt_can_be_ended_anywhere_and_twice():
     loop = loop_of(Remembering("positions", VOCAB), slots=1)
     running, waiting = row([1], max_tokens=50), row([2], max_tokens=50)
@@ -127,11 +161,13 @@ def test_stop_ids_and_the_forced_last_end_a_prompt_as_in_a_call():
     assert first != second
     loop = loop_of(Remembering("positions", VOCAB))
     stopped, forced = row([1], stop_ids=frozenset({second})), row([1], max_tokens=2, forced_last=7)
-    loop.add(stopped)
-    loop.add(forced)
+    both = row([1], max_tokens=2, forced_last=7, stop_ids=frozenset({7}))
+    for one in (stopped, forced, both):
+        loop.add(one)
     found = drain(loop)
     assert [(t.token_id, t.finish_reason) for t in found[stopped]] == [(first, None), (None, "stop")]
     assert [(t.token_id, t.finish_reason) for t in found[forced]] == [(first, None), (7, "length")]
+    assert [(t.token_id, t.finish_reason) for t in found[both]] == [(first, None), (None, "length")]
 
 
 def test_each_row_has_its_own_parameters_and_draws():
