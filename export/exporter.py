@@ -30,6 +30,7 @@ from tfinfer.manifest import (
     TokenIds,
     WeightsSpec,
 )  # fmt: skip
+from tfinfer.precision import RangeSpec
 from tfinfer.proof import golden
 from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
@@ -42,8 +43,9 @@ from .kinds import Asked, Job, open_job
 from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
+from .narrow import half_width
 from .operators import layers_of
-from .passes import half, joined, pipeline
+from .passes import joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .small import RECIPES, Shrinking, Small, check
@@ -176,6 +178,7 @@ class _Export:
         self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
         self.small = small
         self.weights: WeightsSpec | None = None  # how they were made small
+        self.range: RangeSpec | None = None  # how large the values of an fp16 graph became in float32
         self.attention, self.also = attention, also
         self._progress = progress
         self.maps: tuple[MapSpec, ...] = ()
@@ -247,8 +250,7 @@ class _Export:
         if shrinking is not None:
             verdicts.append(self._make_small(shrinking, job, graphs, expected))
         elif self.dtype != "fp32":
-            for model in graphs.values():
-                half.run(model, DTYPES[self.dtype])
+            self.range = half_width(graphs, self.dtype, draft, folder)
             (folder / graph_files.WEIGHTS).unlink()
             graph_files.save(graphs, folder)
             narrow, not_run = self._narrow_verdict(job, graphs, folder, expected)
@@ -313,6 +315,7 @@ class _Export:
             graphs={name: _graph(name, model) for name, model in graphs.items()},
             dtype=width,
             weights=self.weights,
+            range=self.range,
             flavor=self.asked.flavor,
             attention=summarise_attention(job.attention),
             token_ids=TokenIds(

@@ -1,4 +1,7 @@
-"""tfinfer: the checkpoint exported once, then streamed. setting "tuned": as `tfinfer tune` finds best here."""
+"""tfinfer: the checkpoint exported once, then streamed.
+
+setting "tuned": as `tfinfer tune` finds best here. "graph": steps recorded as CUDA graphs. "bf16": that width for fp16.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-DTYPES = {32: "fp32", 8: "int8", 4: "int4"}
+DTYPES = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
 
 
 def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     """Return a function that yields tokens; nothing is reused from one call to the next."""
     import tfinfer
 
-    folder = Path(given["cache"]) / f"tfinfer-{given['bits']}"
+    dtype = DTYPES[given["bits"]]
+    if given["setting"] == "bf16":
+        if given["bits"] != 16:
+            raise ValueError("bf16 has 16 bits")
+        dtype = "bf16"
+    name = dtype if dtype == "bf16" else given["bits"]
+    folder = Path(given["cache"]) / f"tfinfer-{name}"
     if not (folder / "tfinfer.json").exists():
-        _run("export", given["checkpoint"], "-o", folder, "--dtype", DTYPES[given["bits"]], "--no-attention",
+        _run("export", given["checkpoint"], "-o", folder, "--dtype", dtype, "--no-attention",
              "--max-length", given["longest"])  # fmt: skip
     if given["setting"] == "tuned":
         folder = _tuned(folder)
-    model = tfinfer.load(folder, threads=None if given["setting"] == "tuned" else given["threads"])
+    model = tfinfer.load(
+        folder,
+        device=given.get("device", "cpu"),
+        threads=None if given["setting"] == "tuned" else given["threads"],
+        cuda_graph=given["setting"] == "graph",
+    )
 
     def generate(ids: list[int], new: int) -> Iterator[int]:
         for chunk in model.stream(ids, max_tokens=new, stop_ids=[], reuse_prefix=False):

@@ -196,7 +196,7 @@ def test_a_device_that_records_does_so_when_asked(model, asked, records, monkeyp
 
 @pytest.mark.parametrize(
     "how, said",
-    [({"device": "cpu"}, "it computes on the cpu"), ({"refusal": CudaGraphError("not all nodes")}, "not all nodes")],
+    [({"device": "cpu"}, "it computes on the CPU"), ({"refusal": CudaGraphError("not all nodes")}, "not all nodes")],
 )
 def test_a_device_that_does_not_record_is_told(model, how, said):
     opened, recording, why = open_recording(opens(**how)[0], model.manifest, None)
@@ -234,11 +234,11 @@ def test_folders_whose_steps_cannot_be_recorded_are_not_tried(model):
 def test_the_knob_is_checked_and_off_where_nobody_turns_it(tiny):
     with pytest.raises(InputError, match="cuda_graph: expected True, False or None, got 'yes'"):
         tfinfer.load(tiny, cuda_graph="yes")
-    with pytest.raises(CudaGraphError, match="it computes on the cpu: asked for"):
+    with pytest.raises(CudaGraphError, match=r"it computes on the CPU .cpu: asked for"):
         tfinfer.load(tiny, cuda_graph=True)
     with tfinfer.load(tiny) as model:
         assert (model.decoder.recording, model.decoder.not_recorded) == (None, "not asked for")
     with tfinfer.load(tiny, cuda_graph=None) as model:
-        assert "it computes on the cpu" in model.decoder.not_recorded
+        assert "it computes on the CPU" in model.decoder.not_recorded
     with pytest.raises(InputError, match="this folder is an encoder"):
         tfinfer.load(tiny.parent / "tiny_encoder", cuda_graph=True)

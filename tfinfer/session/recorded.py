@@ -88,9 +88,9 @@ def open_recording(
             return opens(False), None, str(refusal)
         if opened.device == "cuda":
             return opened, Recording(opened.session, bool(asked)), ""
-        why = f"it computes on the {opened.reason}"
+        why = f"only CUDA records, and it computes on the CPU ({opened.reason})"
         if not asked:
             return opened, None, why
     if asked:
-        raise CudaGraphError(f"steps of this folder cannot be recorded as CUDA graphs: {why}: {LEAVE_OUT}")
+        raise CudaGraphError(f"the steps of this folder cannot be recorded as CUDA graphs: {why}: {LEAVE_OUT}")
     return opens(False), None, why
