@@ -25,11 +25,13 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
         if given["bits"] != 16:
             raise ValueError("bf16 has 16 bits")
         dtype = "bf16"
-    name = dtype if dtype == "bf16" else given["bits"]
+    name, more = dtype if dtype == "bf16" else given["bits"], []
+    if given.get("device") == "cuda" and given["bits"] < 16:
+        name, more = f"{name}-fp16", ["--activations", "fp16"]
     folder = Path(given["cache"]) / f"tfinfer-{name}"
     if not (folder / "tfinfer.json").exists():
         _run("export", given["checkpoint"], "-o", folder, "--dtype", dtype, "--no-attention",
-             "--max-length", given["longest"])  # fmt: skip
+             "--max-length", given["longest"], *more)  # fmt: skip
     if given["setting"] == "tuned":
         folder = _tuned(folder)
     model = tfinfer.load(

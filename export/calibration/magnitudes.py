@@ -76,6 +76,11 @@ def _hiding(constants: Iterable[ir.Value]) -> npt.NDArray[np.float64]:
 
 
 def _largest(array: npt.NDArray[Any], hiding: npt.NDArray[np.float64]) -> float:
+    if not array.size:
+        return 0.0
+    largest = max(float(array.max()), -float(array.min()))  # of nearly all values this is it
+    if np.isfinite(largest) and not (hiding.size and largest > -hiding.max() * (1 - NEAR)):
+        return largest
     sizes = np.abs(array[np.isfinite(array)].astype(np.float64))
     for number in -hiding:
         if not sizes.size or sizes.max() < number * (1 - NEAR):

@@ -38,6 +38,7 @@ NO_BFLOAT16 = {"Einsum", "Softplus", "Elu", "HardSwish", "Mish", "Round", "Sin",
 SCALING = {"Mul", "Div"}  # with a wide operand they stay wide: the norm's own product and its weight
 SHIFTING = {"Add", "Sub", "Max", "Min", "Clip"}  # of wide operands and constants: an epsilon, a bias, a difference
 TRUTHS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN"}
+GIVES_TYPE = {"Where": 1, "GatherBlockQuantized": 2}  # which operand has the type of the result, where not the first
 NUMPY: dict[ir.DataType, npt.DTypeLike] = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 
 
@@ -151,7 +152,7 @@ class _Conversion:
             return ir.DataType.BOOL
         if node.op_type == "Shape":
             return ir.DataType.INT64
-        source = node.inputs[1] if node.op_type == "Where" else node.inputs[0]
+        source = node.inputs[GIVES_TYPE.get(node.op_type, 0)]
         assert source is not None
         return wanted if self.types[source] in (ir.DataType.FLOAT, self.dtype) else self.types[source]
 

@@ -313,7 +313,8 @@ def without_cuda(manifest: Manifest, device: str) -> tuple[str, str]:
         return device, ""
     if "CUDAExecutionProvider" not in listed_providers(onnxruntime()):  # opening it will say so
         return device, ""
-    why = "CUDA has no float32 kernel of GroupQueryAttention: export with --dtype fp16, bf16 or --flavor standard"
+    mend = "--dtype fp16, bf16 or --flavor standard" if manifest.weights is None else "--activations fp16 or bf16"
+    why = f"CUDA has no float32 kernel of GroupQueryAttention: export with {mend}"
     if device == "auto":
         return "cpu", f"cpu: {why}"
     if device == "cuda":
