@@ -41,6 +41,24 @@ def test_a_module_is_proved_and_generates_on_the_device(name, dtype, tmp_path):
         assert [c.usage.completion_tokens for c in together] == [16, 16, 16]
 
 
+@pytest.mark.parametrize("dtype, activations", [("int4", "fp16"), ("int8", "fp16"), ("int4", "bf16")])
+def test_weights_of_few_bits_run_on_the_device(dtype, activations, tmp_path):
+    report = export_model(handwritten.Rotary(), tmp_path / "out", dtype=dtype, activations=activations, max_length=96)
+    assert report.verdicts[-1].device == "cuda"
+    with tfinfer.load(tmp_path / "out", device="cuda", cuda_graph=True) as model:
+        assert verify_folder(model.decoder, tmp_path / "out").passed
+
+
+def test_values_that_float16_does_not_hold_are_finite_on_the_device(tmp_path):
+    module = handwritten.Learned().eval()
+    with torch.no_grad():
+        module.ffn[0][0].weight *= 3e5
+        module.ffn[0][2].weight /= 3e5
+    report = export_model(module, tmp_path / "out", dtype="fp16", max_length=96)
+    assert report.manifest.range.kept
+    assert report.verdicts[-1].device == "cuda"
+
+
 def test_float32_with_standard_operators_is_pytorch_within_the_strict_bound(tmp_path):
     export_model(handwritten.Rotary(), tmp_path / "out", flavor="standard", max_length=96)
     with tfinfer.load(tmp_path / "out", device="cuda") as model:

@@ -7,6 +7,7 @@ import pytest
 
 import tfinfer
 from tfinfer.export import export_model
+from tfinfer.export.modules import Decoder, TransformerConfig
 from tfinfer.session.device_step import PLAIN_STEPS, DeviceStep
 from tfinfer.session.recorded import Recording, cannot_record
 
@@ -34,6 +35,27 @@ def test_a_step_over_whole_buffers_is_the_step(folder):
             expected = plain.decoder.step(caches[0], slots[0], ids)
             found = whole.decoder.step(caches[1], slots[1], ids)
             np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=f"step {number}")
+
+
+def test_rows_that_dropped_what_lies_behind_a_window_do_so_in_place(tmp_path):
+    config = TransformerConfig(
+        vocab_size=40, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32,
+        position="rotary", attention_pattern="sliding_window", window=16, max_length=300,
+    )  # fmt: skip
+    export_model(Decoder(config).eval(), tmp_path / "out", dtype="fp16", max_length=300)
+    with tfinfer.load(tmp_path / "out", threads=1) as plain, tfinfer.load(tmp_path / "out", threads=1) as whole:
+        whole.decoder.step_kind = DeviceStep
+        whole.decoder.recording = Recording(whole.decoder._session, True)
+        caches = [model.decoder.open_cache(1, 8) for model in (plain, whole)]
+        slots = [cache.acquire() for cache in caches]
+        for model, cache, slot in zip((plain, whole), caches, slots):
+            model.decoder.prefill(cache, slot, [1, 2, 3])
+        for number in range(200):
+            expected = plain.decoder.step(caches[0], [slots[0]], [number % 40])
+            found = whole.decoder.step(caches[1], [slots[1]], [number % 40])
+            np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=f"step {number}")
+        assert caches[1].dropped[0] > 0
+        assert whole.decoder.recording._last <= 2
 
 
 def test_which_rows_are_wanted_is_never_reckoned_on_the_device(folder):

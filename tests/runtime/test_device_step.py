@@ -4,6 +4,7 @@ A CUDA graph is imitated: what a recorded run is given is what was bound when it
 """
 
 import gc
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,6 +114,17 @@ def test_generation_gives_the_same_tokens(model, on_device, options, records):
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
 
 
+@pytest.mark.parametrize("folder", ["tiny_states", "tiny_seq2seq"])
+def test_states_and_sources_take_steps_on_a_device_too(tiny, folder):
+    """Without recordings; what a state or a source is bound to is the cache's own."""
+    with tfinfer.load(tiny.parent / folder, threads=1) as model:
+        prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
+        expected = [c.token_ids for c in model.generate(prompts, max_tokens=12, stop_ids=[], reuse_prefix=False)]
+        model.decoder.step_kind = DeviceStep
+        found = [c.token_ids for c in model.generate(prompts, max_tokens=12, stop_ids=[], reuse_prefix=False)]
+        assert found == expected
+
+
 def test_all_logits_come_where_the_best_cannot_be_told(on_device, monkeypatch):
     monkeypatch.setattr("tfinfer.session.select.Selection.run", lambda self: None)
     decoder = on_device().decoder
@@ -148,6 +160,29 @@ def test_prefills_are_never_recorded_and_each_set_of_buffers_has_a_number_of_its
     assert session.numbers[-1] == 2
     gc.collect()
     assert session.released == [1]
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_only_a_model_that_records_runs_one_call_at_a_time(on_device, records):
+    decoder, held = on_device(records).decoder, []
+    decoder.memory.turn = threading.RLock()
+    session, run = decoder._session, decoder._session.run_with_iobinding
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(session, name)
+
+        def run_with_iobinding(self, *given):
+            held.append(decoder.memory.turn._is_owned())
+            run(*given)
+
+    decoder._session = Watched()
+    cache = decoder.open_cache(1, 64)
+    slot = cache.acquire()
+    decoder.prefill(cache, slot, [1, 2])
+    for _ in range(PLAIN_STEPS + 3):
+        decoder.step(cache, [slot], [3])
+    assert set(held) == {records}
 
 
 @pytest.mark.parametrize("must", [False, True])

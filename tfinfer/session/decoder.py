@@ -102,6 +102,11 @@ class Decoder:
             return None
 
     @property
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """What is held while it computes: recordings share with all other runs the memory for what lies between."""
+        return contextlib.nullcontext() if self.recording is None else self.memory.turn
+
+    @property
     def selects(self) -> bool:
         """Whether `step_best` copies less than `step`."""
         return self.selecting is not None
@@ -238,8 +243,7 @@ class Decoder:
         session, recording = self._session, self.recording
         if session is None:
             raise ClosedError("the model was closed: load it again")
-        # a recording uses the same memory for what lies between as all other runs: one at a time
-        with self.memory.turn if recording else contextlib.nullcontext():
+        with self.turn:
             how = options or (recording.plain if recording else None)
             run_bound(session, binding, "the tokens given", self.device, how)
 

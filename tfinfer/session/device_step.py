@@ -69,14 +69,14 @@ class DeviceStep:
 
     def run(self, ids: Sequence[int] | Ids) -> Logits:
         """(rows, num_logits)."""
-        with self.memory.turn:
+        with self.decoder.turn:
             self._compute(ids)
             return self._all_logits()
 
     def run_best(self, ids: Sequence[int] | Ids, count: int) -> tuple[Logits, Ids | None]:
         """The `count` largest logits of each row and their ids; where that cannot be told, all of them and None."""
         selecting = self.decoder.selecting
-        with self.memory.turn:
+        with self.decoder.turn:
             self._compute(ids)
             found = None
             if selecting is not None and selecting.takes(count):
