@@ -14,7 +14,7 @@ import tfinfer
 from tfinfer.errors import CudaGraphError, InputError, NonFiniteLogitsError
 from tfinfer.manifest import AttentionSpec
 from tfinfer.session import recorded
-from tfinfer.session.device_step import PLAIN_STEPS, DeviceStep
+from tfinfer.session.device_step import CHECKED, PLAIN_STEPS, DeviceStep
 from tfinfer.session.providers import Opened
 from tfinfer.session.recorded import PLAIN, Recording, cannot_record, open_recording
 from tfinfer.session.select import Selecting
@@ -150,12 +150,12 @@ def test_prefills_are_never_recorded_and_each_set_of_buffers_has_a_number_of_its
         decoder.prefill(cache, slot, [1, 2])
     session = decoder._session
     assert set(session.numbers) == {PLAIN}
-    for _ in range(PLAIN_STEPS + 4):
+    for _ in range(PLAIN_STEPS + CHECKED + 2):
         decoder.step(cache, slots, [3, 4])
-    plain_again = 1  # the first step from the recording alone is compared with a plain one
-    assert session.numbers[2:] == [PLAIN] * PLAIN_STEPS + [1, 1, *[PLAIN] * plain_again, 1, 1]
+    compared = [1, PLAIN] * CHECKED  # the first ones are computed both ways
+    assert session.numbers[2:] == [PLAIN] * PLAIN_STEPS + compared + [1, 1]
     cache.grow(96)
-    for _ in range(PLAIN_STEPS + 1):
+    for _ in range(PLAIN_STEPS + CHECKED + 1):
         decoder.step(cache, slots, [3, 4])
     assert session.numbers[-1] == 2
     gc.collect()
@@ -180,9 +180,29 @@ def test_only_a_model_that_records_runs_one_call_at_a_time(on_device, records):
     cache = decoder.open_cache(1, 64)
     slot = cache.acquire()
     decoder.prefill(cache, slot, [1, 2])
-    for _ in range(PLAIN_STEPS + 3):
+    for _ in range(PLAIN_STEPS + CHECKED + 1):
         decoder.step(cache, [slot], [3])
     assert set(held) == {records}
+
+
+def test_another_thread_makes_a_recording_of_its_own(on_device):
+    """onnxruntime keeps them by thread."""
+    decoder = on_device(True).decoder
+    cache = decoder.open_cache(1, 64)
+    slot = cache.acquire()
+    decoder.prefill(cache, slot, [1, 2])
+
+    def steps():
+        for _ in range(PLAIN_STEPS + 2):
+            decoder.step(cache, [slot], [3])
+
+    steps()
+    thread = threading.Thread(target=steps)
+    thread.start()
+    thread.join()
+    assert (
+        decoder._session.numbers[1:] == [PLAIN] * PLAIN_STEPS + [1, PLAIN] * 2 + [PLAIN] * PLAIN_STEPS + [2, PLAIN] * 2
+    )
 
 
 @pytest.mark.parametrize("must", [False, True])
@@ -193,7 +213,7 @@ def test_a_recording_that_computes_something_else_is_found(on_device, model, mus
     slots = cache.acquire(), plain.acquire()
     decoder.prefill(cache, slots[0], [1, 2])
     model.decoder.prefill(plain, slots[1], [1, 2])
-    for _ in range(PLAIN_STEPS + 1):
+    for _ in range(PLAIN_STEPS):
         decoder.step(cache, slots[:1], [3])
         model.decoder.step(plain, slots[1:], [3])
     if must:

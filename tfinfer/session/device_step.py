@@ -6,6 +6,7 @@ values differs from one step to the next; the mask says how long each row is.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
+CHECKED = 4  # first runs with a number; onnxruntime records in the third at the latest, so the last is a replay
 PLAIN_STEPS = 8  # before one is recorded, which takes as long as a few: rows that end soon are not worth it
 CLOSE = 1e-2  # how far logits of a recording may be from those of a plain step, as a share of the largest
 SIZE = 8  # bytes of an int64
@@ -110,15 +112,18 @@ class DeviceStep:
 
 
 class _Recorder:
-    """Decides for one step which of its runs are plain, and compares the first that comes from the recording alone."""
+    """Decides for one step which of its runs are plain, and compares the first others with plain ones."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.runs = recording, 0
         self.options: Any = None
+        self.thread = threading.get_ident()
 
     def run(self, run: Any, read: Any) -> None:
         """run: given RunOptions. read: the logits it made."""
-        recording = self.recording
+        recording, here = self.recording, threading.get_ident()
+        if here != self.thread:  # onnxruntime keeps a recording for the thread that made it
+            self.thread, self.runs, self.options = here, 0, None
         self.runs += 1
         if recording.off or self.runs <= PLAIN_STEPS:
             run(recording.plain)
@@ -128,7 +133,7 @@ class _Recorder:
             self.options = options(number)
             weakref.finalize(self, recording.release, number).atexit = False
         run(self.options)
-        if self.runs == PLAIN_STEPS + 2:  # the one before recorded it, and may have computed by itself
+        if self.runs <= PLAIN_STEPS + CHECKED:
             self._compare(run, read)
 
     def _compare(self, run: Any, read: Any) -> None:
