@@ -72,10 +72,14 @@ test-interop: setup
 		optimum-onnx==0.1.0 'transformers<4.58' torch==2.13.0
 	TFINFER_OPTIMUM_PYTHON=.venv-optimum/bin/python $(PYTEST) -m interop -rs tests/interop
 
-# Parity and a benchmark on a machine with a CUDA device; there, `pip install 'tfinfer[gpu,export]'` first.
+# Parity and the peers on a machine with a CUDA device; there, `pip install 'tfinfer[gpu,export,hf,test]'` first, and
+# onnxruntime-genai-cuda for that peer. Bandwidth is measured in the same run; what does not open is told and left out.
 cuda:
+	mkdir -p out
 	$(PYTHON) -m pytest -m cuda -rs tests
-	$(PYTHON) benchmarks/decode.py --device cuda
+	$(PYTHON) benchmarks/select_logits.py --device cuda
+	$(PYTHON) benchmarks/peers.py --device cuda --shape qwen3-0.6b --bits 16 4 --prompt 128 1024 \
+		--json out/cuda.json --csv out/cuda.csv
 
 # The page of `tfinfer attention` in a real browser; on Debian, `apt-get install chromium chromium-driver` first.
 browser: setup

@@ -20,6 +20,7 @@ class System:
     module: str
     package: str
     setting: str = ""
+    devices: tuple[str, ...] = ("cpu",)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """tfinfer and its peers on the same random weights, in one run, in turns: time to the first token, time per token.
 
     python benchmarks/peers.py --shape smollm2-135m --bits 32 --prompt 128 1024 --rounds 5 --json out/peers.json
+    python benchmarks/peers.py --device cuda --shape qwen3-0.6b --bits 16 4 --prompt 128 1024
 
 Every system runs in a process of its own and is asked for one round after the other, while the rest wait. A round is
 a prompt and some new tokens, greedy. What does not open is told and left out. For every system: the median over the
@@ -27,13 +28,16 @@ from peers_table import OURS, bytes_per_token, lines, summary, write_csv
 from tfinfer.session.machine import cpu_model
 from tfinfer.session.threads import thread_count
 
+BOTH = ("cpu", "cuda")
 SYSTEMS = {
-    OURS: System("tfinfer_folder", "tfinfer"),
+    OURS: System("tfinfer_folder", "tfinfer", devices=BOTH),
+    "tfinfer bf16": System("tfinfer_folder", "tfinfer", "bf16", devices=("cuda",)),
+    "tfinfer graph": System("tfinfer_folder", "tfinfer", "graph", devices=("cuda",)),
     "tfinfer tuned": System("tfinfer_folder", "tfinfer", "tuned"),
     "ruler": System("ruler_graph", "onnxruntime"),
-    "transformers": System("torch_eager", "transformers"),
-    "torch.compile": System("torch_eager", "transformers", "compile"),
-    "onnxruntime-genai": System("genai_builder", "onnxruntime-genai"),
+    "transformers": System("torch_eager", "transformers", devices=BOTH),
+    "torch.compile": System("torch_eager", "transformers", "compile", devices=BOTH),
+    "onnxruntime-genai": System("genai_builder", "onnxruntime-genai", devices=BOTH),
     "onnxruntime-genai default": System("genai_builder", "onnxruntime-genai", "default"),
     "llama.cpp": System("llama_cpp_gguf", "llama-cpp-python"),
     "llama.cpp default": System("llama_cpp_gguf", "llama-cpp-python", "default"),
@@ -46,10 +50,15 @@ SYSTEMS = {
 }
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     """Where and with what this was measured."""
-    packages = {}
-    for package in ("torch", "onnxruntime", *sorted({system.package for system in SYSTEMS.values()})):
+    packages = {"card": roofline.card()} if device == "cuda" else {}
+    for package in (
+        "torch",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        *sorted({system.package for system in SYSTEMS.values()}),
+    ):
         try:
             packages[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -66,7 +75,8 @@ def environment(threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=[s for s in SHAPES if s != "t5-small"], default="smollm2-135m")
-    parser.add_argument("--bits", type=int, choices=(32, 8, 4), nargs="+", default=[32])
+    parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), nargs="+", default=[32])
+    parser.add_argument("--device", choices=BOTH, default="cpu")
     parser.add_argument("--prompt", type=int, nargs="+", default=[128])
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -78,17 +88,18 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--picture", type=Path)
     a = parser.parse_args()
-    names = [name.strip() for name in a.only.split(",")] if a.only else list(SYSTEMS)
+    fitting = [name for name, system in SYSTEMS.items() if a.device in system.devices]
+    names = [name.strip() for name in a.only.split(",")] if a.only else fitting
     if unknown := sorted(set(names) - set(SYSTEMS)):
         parser.error(f"unknown system {', '.join(unknown)}: there are {', '.join(SYSTEMS)}")
     threads = thread_count(a.threads).count
     folder = checkpoint(a.shape, a.cache).resolve()
     records: list[dict[str, Any]] = []
-    limits = roofline.measure(threads)
-    print(f"roofline: {limits}")
+    limits = roofline.measure_cuda() if a.device == "cuda" else roofline.measure(threads)
+    print(f"roofline of {a.device}: {limits}")
     for bits in a.bits:
         records += _run_bits(a, names, bits, threads, folder, limits)
-    report = {"environment": environment(threads), "roofline": limits, "records": records}
+    report = {"environment": environment(threads, a.device), "roofline": limits, "records": records}
     if a.json:
         a.json.write_text(json.dumps(report, indent=1))
     if a.csv:
@@ -105,7 +116,7 @@ def _run_bits(
 ) -> list[dict[str, Any]]:
     given = {
         "shape": a.shape, "checkpoint": str(folder), "cache": str(folder.parent), "bits": bits, "threads": threads,
-        "longest": min(LONGEST, max(a.prompt) + a.new + 64),
+        "longest": min(LONGEST, max(a.prompt) + a.new + 64), "device": a.device,
     }  # fmt: skip
     pythons = dict(pair.split("=", 1) for pair in a.python)
     workers, failed = open_all({name: SYSTEMS[name] for name in names}, pythons, given)
@@ -119,10 +130,11 @@ def _run_bits(
             needed = bytes_per_token(a.shape, bits, prompt + a.new // 2)
             limit = {"bytes_per_token": needed, "tokens_per_s": limits["read_gb_per_s"] * 1e9 / needed if needed else 0}
             print(
-                f"\n{a.shape}, {bits} bits, prompt {prompt}, {a.new} new tokens, {threads} threads, {a.rounds} rounds"
+                f"\n{a.shape}, {bits} bits on {a.device}, prompt {prompt}, {a.new} new tokens, {threads} threads, "
+                f"{a.rounds} rounds"
             )
             print("\n".join(lines(result, limit)), flush=True)
-            asked = {"shape": a.shape, "bits": bits, "prompt": prompt, "new": a.new}
+            asked = {"shape": a.shape, "device": a.device, "bits": bits, "prompt": prompt, "new": a.new}
             records.append({**asked, "limit": limit, "failed": failed, "systems": result})
     finally:
         for worker in workers:

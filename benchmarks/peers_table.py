@@ -55,8 +55,8 @@ def bytes_per_token(shape: str, bits: int, context: int) -> int:
     size, hidden = s["head_dim"], s["hidden_size"]
     rows = s["num_attention_heads"] + 2 * s["num_key_value_heads"]
     layer = hidden * size * (rows + s["num_attention_heads"]) + 3 * hidden * s["intermediate_size"]
-    head_bits = 32 if bits == 32 else 8
-    cache = 2 * s["num_key_value_heads"] * size * context * 4
+    head_bits = max(bits, 8)
+    cache = 2 * s["num_key_value_heads"] * size * context * (2 if bits == 16 else 4)
     return s["num_hidden_layers"] * (layer * bits // 8 + cache) + s["vocab_size"] * hidden * head_bits // 8
 
 
@@ -82,6 +82,7 @@ def write_csv(records: list[dict[str, Any]], file: Path) -> None:
     """One line per system and workload."""
     columns = [
         "shape",
+        "device",
         "bits",
         "prompt",
         "new",

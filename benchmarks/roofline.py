@@ -1,6 +1,7 @@
 """What the machine can do at most: bytes read from memory and multiplications per second, measured now.
 
 python benchmarks/roofline.py --threads 2
+python benchmarks/roofline.py --device cuda
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -27,6 +29,33 @@ def measure(threads: int, rounds: int = 5) -> dict[str, float]:
     return {"read_gb_per_s": round(READ / read / 1e9, 1), "gemm_gflop_per_s": round(2 * SIDE**3 / product / 1e9, 1)}
 
 
+def measure_cuda(rounds: int = 20) -> dict[str, float]:
+    """As `measure`, of the CUDA device that torch takes first: its reads, and its products in float16."""
+    if not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device: install torch with CUDA, or leave --device out")
+    row = torch.ones(READ, device="cuda")  # 4 GiB: more than any cache of a device
+    square = torch.ones(4 * SIDE, 4 * SIDE, device="cuda", dtype=torch.float16)
+    read = min(_seconds_on_cuda(row.amax) for _ in range(rounds))
+    product = min(_seconds_on_cuda(lambda: square @ square) for _ in range(rounds))
+    flop = 2 * (4 * SIDE) ** 3
+    return {"read_gb_per_s": round(4 * READ / read / 1e9, 1), "gemm_gflop_per_s": round(flop / product / 1e9, 1)}
+
+
+def card() -> str:
+    """The name of that device."""
+    return str(torch.cuda.get_device_name(0))
+
+
+def _seconds_on_cuda(call: Callable[[], object]) -> float:
+    """By the device's own clock: the first call of a round may still be loading kernels, the best is what counts."""
+    started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    started.record()
+    call()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(started.elapsed_time(ended)) / 1e3
+
+
 def _seconds(call: object) -> float:
     started = time.perf_counter()
     call()  # type: ignore[operator]
@@ -36,4 +65,6 @@ def _seconds(call: object) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    print(json.dumps(measure(parser.parse_args().threads)))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    given = parser.parse_args()
+    print(json.dumps(measure_cuda() if given.device == "cuda" else measure(given.threads)))

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tfinfer.manifest import (
     TokenIds,
     WeightsSpec,
 )  # fmt: skip
+from tfinfer.precision import RangeSpec
 from tfinfer.proof import golden
 from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
@@ -42,8 +44,9 @@ from .kinds import Asked, Job, open_job
 from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
+from .narrow import half_width
 from .operators import layers_of
-from .passes import half, joined, pipeline
+from .passes import joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .small import RECIPES, Shrinking, Small, check
@@ -88,6 +91,7 @@ def export_model(
     symmetric: bool = True,
     keep: Sequence[str] = (),
     keep_agreement: float | None = None,
+    activations: str = "fp32",
     overwrite: bool = False,
     progress: Progress = lambda stage: None,
 ) -> ExportReport:
@@ -111,6 +115,7 @@ def export_model(
         block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128),
             whether to do without zero points, patterns of names of weights that stay float32, and the least share of
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
+        activations: of int8 and int4: "fp32", or for CUDA "fp16" or "bf16", of cache and scales too.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
@@ -118,6 +123,7 @@ def export_model(
     _check_choices(dtype, flavor, kind)
     small = Small(block_size, symmetric, tuple(keep), keep_agreement)
     check(small, dtype)
+    width = _width(dtype, activations)
     check_length("max_length", max_length)
     check_length("max_source_length", max_source_length)
     target = Path(out)
@@ -131,7 +137,7 @@ def export_model(
     asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
     extra = neighbours.check_names(also)
     with torch.autocast("cpu", enabled=False):  # the user's own, around the call
-        return _Export(source, target, dtype, small, kind, asked, attention, extra, progress).run(overwrite)
+        return _Export(source, target, dtype, width, small, kind, asked, attention, extra, progress).run(overwrite)
 
 
 def _check_choices(dtype: str, flavor: str, kind: str) -> None:
@@ -140,6 +146,20 @@ def _check_choices(dtype: str, flavor: str, kind: str) -> None:
             raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
     if flavor == "standard" and dtype in RECIPES:
         raise InputError(f"{dtype} needs operators that are not ONNX's own: leave the flavor at 'ort'")
+
+
+def _width(dtype: str, activations: str) -> str:
+    """The dtype of activations and cache. Raises InputError for one that does not go with the weights'."""
+    if activations not in DTYPES:
+        raise InputError(f"unknown activations {activations!r}: expected one of {', '.join(DTYPES)}")
+    if dtype in RECIPES:
+        return activations
+    if activations != "fp32":
+        raise InputError(
+            f"activations are for weights of a few bits: give the dtype int8 or int4 with {activations} activations, "
+            f"or the dtype {activations} alone, not {dtype}"
+        )
+    return dtype
 
 
 def _bos(source: Source) -> tuple[int, ...]:
@@ -170,12 +190,13 @@ class _Export:
     """One export: what it was asked for, and how long each stage took."""
 
     def __init__(
-        self, source: Source, target: Path, dtype: str, small: Small, kind: str, asked: Asked, attention: bool,
-        also: Sequence[str], progress: Progress,
+        self, source: Source, target: Path, dtype: str, width: str, small: Small, kind: str, asked: Asked,
+        attention: bool, also: Sequence[str], progress: Progress,
     ) -> None:  # fmt: skip
         self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
-        self.small = small
+        self.small, self.width = small, width  # width: the dtype of activations and cache
         self.weights: WeightsSpec | None = None  # how they were made small
+        self.range: RangeSpec | None = None  # how large the values of an fp16 graph became in float32
         self.attention, self.also = attention, also
         self._progress = progress
         self.maps: tuple[MapSpec, ...] = ()
@@ -200,7 +221,7 @@ class _Export:
             graphs = dict(job.graphs)
             self.stage("passes")
             for model in graphs.values():
-                pipeline.run(model, self.asked.flavor, narrow=self.dtype in ("fp16", "bf16"))
+                pipeline.run(model, self.asked.flavor, narrow=self.width != "fp32")
             shrinking = Shrinking(graphs, folder, self.small, self.dtype) if self.dtype in RECIPES else None
             self.stage("write")
             give_back(self.source.module)  # what capturing took
@@ -246,13 +267,14 @@ class _Export:
         _insist(verdicts[0])
         if shrinking is not None:
             verdicts.append(self._make_small(shrinking, job, graphs, expected))
-        elif self.dtype != "fp32":
-            for model in graphs.values():
-                half.run(model, DTYPES[self.dtype])
+        if self.width != "fp32":
+            self.range = half_width(graphs, self.width, draft, folder)
             (folder / graph_files.WEIGHTS).unlink()
             graph_files.save(graphs, folder)
             narrow, not_run = self._narrow_verdict(job, graphs, folder, expected)
             verdicts += narrow
+            if self.weights is not None and narrow:
+                self.weights = replace(self.weights, agreement=round(narrow[0].agreement, 4))
         last = verdicts[-1]
         _insist(last)
         greedy = last.greedy.identical if last.greedy else 0
@@ -278,7 +300,7 @@ class _Export:
         self, job: Job, graphs: dict[str, ir.Model], folder: Path, expected: Any
     ) -> tuple[list[Verdict], str]:
         """The proof of a half-width graph on the first device that runs it; none does for bfloat16 without CUDA."""
-        manifest, dtype = self._manifest(job, graphs, folder), NAMES.get(self.dtype, self.dtype)
+        manifest, dtype = self._manifest(job, graphs, folder), NAMES[self.width]
         reasons = []
         for device in ("cuda", "cpu"):
             try:
@@ -305,7 +327,7 @@ class _Export:
         """The manifest; without a proof it is a draft, for opening the graphs before, and hashes nothing."""
         source = self.source
         floats = {value.dtype for model in graphs.values() for value in model.graph.inputs}
-        width = NAMES.get(self.dtype, "float32") if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
+        width = NAMES[self.width] if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
         operators = {_operator(node) for model in graphs.values() for node in model.graph.all_nodes()}
         fields = job.fields(width)
         return Manifest(
@@ -313,6 +335,7 @@ class _Export:
             graphs={name: _graph(name, model) for name, model in graphs.items()},
             dtype=width,
             weights=self.weights,
+            range=self.range,
             flavor=self.asked.flavor,
             attention=summarise_attention(job.attention),
             token_ids=TokenIds(

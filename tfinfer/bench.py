@@ -56,6 +56,7 @@ def run(
     *,
     device: str = "cpu",
     threads: int | None = None,
+    cuda_graph: bool | None = False,
     starts: int = 0,
     command_line: str = "",
     progress: Progress = lambda stage: None,
@@ -77,7 +78,7 @@ def run(
     check, import_seconds = timed(lambda: check_files(path, manifest)), timed(onnxruntime)
     started_new, failure = _measure_starts(path, manifest, device, threads, starts, progress)
     started = time.perf_counter()
-    with GeneratingModel(manifest, path, device=device, threads=threads) as model:
+    with GeneratingModel(manifest, path, device=device, threads=threads, cuda_graph=cuda_graph) as model:
         opened = time.perf_counter() - started
         resident = _status("VmRSS")
         vocabulary = min(manifest.vocab_size, manifest.num_logits)
@@ -85,7 +86,11 @@ def run(
         with no_garbage_collection():
             prefill, steps, cache_bytes = measure_decoder(model, prompts, work, progress)
             whole, firsts, gaps = measure_stream(model, prompts, work, progress)
-        environment = _environment(model, path) | {"load_average": busy, "command_line": command_line}
+        environment = (
+            _environment(model, path)
+            | {"cuda_graph": model.decoder.recording is not None}
+            | {"load_average": busy, "command_line": command_line}
+        )
     per_token = [(end - first) / (work.new_tokens - 1) for end, first in zip(whole, firsts)]
     halfway = work.prompt_length + work.new_tokens // 2
     moved = traffic(manifest, path, batch=work.batch, length=halfway)

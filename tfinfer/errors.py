@@ -9,6 +9,7 @@ TfinferError
 │   ├── IncompatibleModelError   made by or for other versions than the installed ones
 │   └── UnsafeModelError    the folder reaches outside itself
 ├── ProviderError           the device that was asked for does not open                            (RuntimeError)
+│   └── CudaGraphError      steps cannot be recorded as CUDA graphs
 ├── MissingDependencyError  an optional package is not installed                                   (ImportError)
 ├── SnapshotError           a saved conversation that cannot be written, read or gone on with     (ValueError)
 ├── ClosedError             the model or cache was closed                                          (RuntimeError)
@@ -65,6 +66,10 @@ class ProviderError(TfinferError, RuntimeError):
     """The device that was asked for does not open."""
 
     exit_code = 2
+
+
+class CudaGraphError(ProviderError):
+    """The device cannot record the steps of this folder as CUDA graphs, which was asked for."""
 
 
 class MissingDependencyError(TfinferError, ImportError):

@@ -33,10 +33,18 @@ from tfinfer.tokens.text import RowText
 class GeneratingModel(Model):
     """A model that generates. Every call has its own cache, lent by a small pool with what it still holds."""
 
-    def __init__(self, manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        cuda_graph: bool | None = False,
+    ) -> None:
         super().__init__(manifest, folder)
         _check_token_ids(manifest)
-        self.decoder = open_decoder(manifest, folder, device=device, threads=threads)
+        self.decoder = open_decoder(manifest, folder, device=device, threads=threads, cuda_graph=cuda_graph)
         self.device, self.threads, self.reason = self.decoder.device, self.decoder.threads, self.decoder.reason
         self._pool = CachePool(self.decoder.open_cache)
 

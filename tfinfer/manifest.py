@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tfinfer.errors import IncompatibleModelError, ManifestError
+from tfinfer.precision import RangeSpec
 
 FILE_NAME = "tfinfer.json"
 FORMAT_VERSION = 2
@@ -266,6 +267,7 @@ class Manifest:
     maps: tuple[MapSpec, ...] = ()  # of the graph "attention"
     cache_mode: str = "in place"
     weights: WeightsSpec | None = None  # None where they are as wide as `dtype` says
+    range: RangeSpec | None = None  # of float16
     appends_one: bool = False  # whether a cache that holds something takes one more position at a time
 
     def __post_init__(self) -> None:

@@ -36,7 +36,12 @@ ADVICE = {
 
 
 def load(
-    folder: str | os.PathLike[str], *, device: str = "cpu", threads: int | None = None, check_hashes: bool = True
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    check_hashes: bool = True,
+    cuda_graph: bool | None = False,
 ) -> Model:
     """Open a folder that `tfinfer export` made, or that `tfinfer adopt` took over.
 
@@ -44,6 +49,9 @@ def load(
         device: "cpu", "cuda" (an error unless CUDA really opens) or "auto" (`model.reason` says what it took).
         threads: of the computation; by default what the process may use (see `tfinfer doctor`).
         check_hashes: compare every file with its SHA-256 first.
+        cuda_graph: record the steps of a decoder on CUDA and replay them: True (an error where it cannot be), None
+            (where it can be; `model.decoder.not_recorded` says why not) or False. While a step is recorded no other
+            thread of the process may use the device, except through this model.
 
     Raises ModelError for a folder that cannot be served, ProviderError for a device that does not open.
     """
@@ -51,12 +59,14 @@ def load(
     manifest = load_manifest(path)
     check_files(path, manifest, check_hashes)
     if manifest.kind == "encoder":
+        if cuda_graph:
+            raise InputError("cuda_graph is for the steps of a decoder, this folder is an encoder: leave it out")
         from tfinfer.encoding import EncodingModel
 
         return EncodingModel(manifest, path, device=device, threads=threads)
     from tfinfer.generating import GeneratingModel
 
-    return GeneratingModel(manifest, path, device=device, threads=threads)
+    return GeneratingModel(manifest, path, device=device, threads=threads, cuda_graph=cuda_graph)
 
 
 class Model:

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = {32: "fp32", 8: "int8", 4: "int4"}
+PRECISIONS = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
 
 
 def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     """Return a function that yields tokens. setting "default": with as many threads as it takes by itself."""
     import onnxruntime_genai as og
 
-    folder = Path(given["cache"]) / f"genai-{given['bits']}"
+    device = given.get("device", "cpu")
+    folder = Path(given["cache"]) / f"genai-{given['bits']}{'' if device == 'cpu' else f'-{device}'}"
     if not (folder / "genai_config.json").exists():
         _build(given, folder)
     settings = json.loads((folder / "genai_config.json").read_text())
@@ -41,7 +42,7 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
 
 def _build(given: dict[str, Any], folder: Path) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", given["checkpoint"], "-o", str(folder)]
-    command += ["-p", PRECISIONS[given["bits"]], "-e", "cpu", "-c", str(folder) + "-work"]
+    command += ["-p", PRECISIONS[given["bits"]], "-e", given.get("device", "cpu"), "-c", str(folder) + "-work"]
     options = ["hf_token=false"]
     if given["bits"] == 4:
         options += ["int4_accuracy_level=4", "int4_block_size=32"]

@@ -1,4 +1,7 @@
-"""tfinfer: the checkpoint exported once, then streamed. setting "tuned": as `tfinfer tune` finds best here."""
+"""tfinfer: the checkpoint exported once, then streamed.
+
+setting "tuned": as `tfinfer tune` finds best here. "graph": steps recorded as CUDA graphs. "bf16": that width for fp16.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-DTYPES = {32: "fp32", 8: "int8", 4: "int4"}
+DTYPES = {32: "fp32", 16: "fp16", 8: "int8", 4: "int4"}
 
 
 def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
@@ -20,7 +23,12 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     folder = exported(given)
     if given["setting"] == "tuned":
         folder = _tuned(folder)
-    model = tfinfer.load(folder, threads=None if given["setting"] == "tuned" else given["threads"])
+    model = tfinfer.load(
+        folder,
+        device=given.get("device", "cpu"),
+        threads=None if given["setting"] == "tuned" else given["threads"],
+        cuda_graph=given["setting"] == "graph",
+    )
 
     def generate(ids: list[int], new: int) -> Iterator[int]:
         for chunk in model.stream(ids, max_tokens=new, stop_ids=[], reuse_prefix=False):
@@ -31,10 +39,18 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
 
 def exported(given: dict[str, Any]) -> Path:
     """The folder of the checkpoint exported, long enough for what is asked."""
-    folder = Path(given["cache"]) / f"tfinfer-{given['bits']}-{given['longest']}"
+    dtype = DTYPES[given["bits"]]
+    if given.get("setting") == "bf16":
+        if given["bits"] != 16:
+            raise ValueError("bf16 has 16 bits")
+        dtype = "bf16"
+    name, more = f"tfinfer-{dtype}", []
+    if given.get("device") == "cuda" and given["bits"] < 16:
+        name, more = f"{name}-fp16", ["--activations", "fp16"]
+    folder = Path(given["cache"]) / f"{name}-{given['longest']}"
     if not (folder / "tfinfer.json").exists():
-        _run("export", given["checkpoint"], "-o", folder, "--dtype", DTYPES[given["bits"]], "--no-attention",
-             "--max-length", given["longest"])  # fmt: skip
+        _run("export", given["checkpoint"], "-o", folder, "--dtype", dtype, "--no-attention",
+             "--max-length", given["longest"], *more)  # fmt: skip
     return folder
 
 

@@ -1,12 +1,14 @@
 """Weights, cache and most of the computation in float16 or bfloat16; norms and softmax stay in float32.
 
 A sum of squares leaves float16's range at values of a few hundred, so what belongs to a norm (squares, means, roots and
-the products with them) and every softmax is computed in float32, with a Cast on each way in. Logits stay float32.
+the products with them) and every softmax is computed in float32, with a Cast on each way in. Logits stay float32. What
+is known to make or read values that float16 does not hold stays float32 as well; bfloat16 holds what float32 does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -36,17 +38,43 @@ NO_BFLOAT16 = {"Einsum", "Softplus", "Elu", "HardSwish", "Mish", "Round", "Sin",
 SCALING = {"Mul", "Div"}  # with a wide operand they stay wide: the norm's own product and its weight
 SHIFTING = {"Add", "Sub", "Max", "Min", "Clip"}  # of wide operands and constants: an epsilon, a bias, a difference
 TRUTHS = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not", "IsNaN"}
+GIVES_TYPE = {"Where": 1, "GatherBlockQuantized": 2}  # which operand has the type of the result, where not the first
 NUMPY: dict[ir.DataType, npt.DTypeLike] = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 
 
-def run(model: ir.Model, dtype: ir.DataType) -> int:
-    """Convert in place; returns how many initializers became `dtype`."""
-    return _Conversion(model.graph, dtype).run()
+def run(model: ir.Model, dtype: ir.DataType, large: Collection[str] = ()) -> int:
+    """Convert in place; returns how many initializers became `dtype`. large: names of values that stay float32."""
+    return convert(model, dtype, large).narrow
+
+
+@dataclass(frozen=True)
+class Converted:
+    """How many initializers became narrow, and how many operators stayed float32 for the size of their values alone."""
+
+    narrow: int
+    kept: int
+
+
+def convert(model: ir.Model, dtype: ir.DataType, large: Collection[str] = ()) -> Converted:
+    """As `run`, told in full."""
+    conversion = _Conversion(model.graph, dtype, frozenset(large))
+    return Converted(conversion.run(), conversion.kept)
+
+
+def stays(node: ir.Node) -> bool:
+    """Whether a node is converted whatever its values are: a cache has one width, and so has its attention."""
+    cached = any(value.is_graph_output() and value.name != "logits" for value in node.outputs)
+    return cached or node.op_type == "GroupQueryAttention"
+
+
+def touches(node: ir.Node, large: Collection[str]) -> bool:
+    """Whether a node makes or reads one of the values `large`."""
+    return any(value is not None and value.name in large for value in (*node.inputs, *node.outputs))
 
 
 class _Conversion:
-    def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
-        self.graph, self.dtype = graph, dtype
+    def __init__(self, graph: ir.Graph, dtype: ir.DataType, large: frozenset[str]) -> None:
+        self.graph, self.dtype, self.large, self.kept = graph, dtype, large, 0
         self.types: dict[ir.Value, ir.DataType] = {}
         self.narrow: dict[ir.Value, ir.Value] = {}  # initializers in `dtype`
         self.casts: dict[tuple[ir.Value, ir.DataType, object], ir.Value] = {}  # by the graph that they stand in
@@ -79,7 +107,7 @@ class _Conversion:
         if node.op_type == "If":
             return self._convert_branches(node)
         floats = [v for v in node.inputs if v is not None and self.types[v] in (ir.DataType.FLOAT, self.dtype)]
-        wide = bool(floats) and self._is_wide(node)
+        wide = bool(floats) and (self._is_wide(node) or self._is_kept(node))
         wanted = ir.DataType.FLOAT if wide else self.dtype
         if node.op_type != "Cast":
             for i, value in enumerate(node.inputs):
@@ -111,6 +139,12 @@ class _Conversion:
         wide = [v.producer() is not None and self.types[v] is ir.DataType.FLOAT for v in moving]
         return (node.op_type in SCALING and any(wide)) or (node.op_type in SHIFTING and all(wide))
 
+    def _is_kept(self, node: ir.Node) -> bool:
+        """Whether a node stays float32 for its values: of a large one, who makes it and who reads it."""
+        kept = bool(self.large) and touches(node, self.large) and not stays(node)
+        self.kept += kept and node.op_type != "Cast"
+        return kept
+
     def _type_of(self, node: ir.Node, wanted: ir.DataType) -> ir.DataType:
         if node.op_type == "Cast":
             return ir.DataType(node.attributes["to"].as_int())
@@ -118,7 +152,7 @@ class _Conversion:
             return ir.DataType.BOOL
         if node.op_type == "Shape":
             return ir.DataType.INT64
-        source = node.inputs[1] if node.op_type == "Where" else node.inputs[0]
+        source = node.inputs[GIVES_TYPE.get(node.op_type, 0)]
         assert source is not None
         return wanted if self.types[source] in (ir.DataType.FLOAT, self.dtype) else self.types[source]
 

@@ -11,6 +11,7 @@ from . import (
     bias_gelu,
     common,
     dead_nodes,
+    device_rows,
     mask_branch,
     needless,
     packed_qkv,
@@ -41,10 +42,12 @@ PASSES: dict[str, Pass] = {
     "mask_branch": mask_branch.run,
     "row_stride": row_stride.run,
     "tied_head": tied_head.run,
+    "device_rows": device_rows.run,
     "dead_nodes": dead_nodes.run,
 }
-# Onnxruntime's kernels for these are slower on a CPU than the operators by themselves, and float32 is for a CPU.
-NARROW = {"skip_norm", "bias_gelu"}
+# Onnxruntime's kernels for these are slower on a CPU than the operators by themselves, and float32 is for a CPU; where
+# rows are reckoned matters on a device alone.
+NARROW = {"skip_norm", "bias_gelu", "device_rows"}
 WIDE = {"qk_norm"}  # a norm's weight by head, which only the CPU's kernel is known to take
 # With the operators of ONNX alone; None leaves a pass out.
 STANDARD: dict[str, Pass | None] = {

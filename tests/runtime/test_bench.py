@@ -13,7 +13,7 @@ from tfinfer.errors import InputError
 from tfinfer.manifest import load_manifest
 from tfinfer.measure import compare, starts
 from tfinfer.measure.traffic import _weights, traffic
-from tfinfer.session.probe import _field
+from tfinfer.session.onnx_bytes import field
 
 SHORT = ("--prompt-length", 4, "--new-tokens", 3, "--warmup", 0, "--threads", 1, "--starts", 0)
 
@@ -120,16 +120,16 @@ def test_a_start_that_fails_says_why_and_bench_goes_on(tiny, monkeypatch):
 
 # -- bytes moved --------------------------------------------------------------------------------------------------
 def tensor(name, rows, width):
-    shape = _field(1, rows) + _field(1, width)
-    return _field(5, shape + _field(2, 1) + _field(8, name) + _field(9, bytes(4 * rows * width)))
+    shape = field(1, rows) + field(1, width)
+    return field(5, shape + field(2, 1) + field(8, name) + field(9, bytes(4 * rows * width)))
 
 
 def node(operator, *inputs):
-    return _field(1, b"".join(_field(1, name) for name in inputs) + _field(2, b"y") + _field(4, operator))
+    return field(1, b"".join(field(1, name) for name in inputs) + field(2, b"y") + field(4, operator))
 
 
 def moved(*parts, batch=1):
-    return _weights(memoryview(_field(7, b"".join(parts))), batch)
+    return _weights(memoryview(field(7, b"".join(parts))), batch)
 
 
 def test_a_table_that_is_only_looked_up_counts_a_row_for_each_sequence():

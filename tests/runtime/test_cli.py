@@ -94,6 +94,13 @@ def test_a_wrong_command_line_is_one_line_and_exit_2(arguments: list[str]) -> No
     assert "--help)" in run_bad(2, *arguments)
 
 
+@pytest.mark.parametrize("command", ["generate", "verify", "bench"])
+def test_cuda_graphs_that_cannot_be_are_told_in_one_line(tiny: Path, command: str) -> None:
+    said = run_bad(2, *on_folder(command, tiny), "--cuda-graph")
+    assert "cannot be recorded as CUDA graphs: only CUDA records" in said
+    assert "without --cuda-graph" in said
+
+
 def test_an_unexpected_error_is_internal_and_its_traceback_is_for_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: 1 // 0)
     line = run_bad(1, "doctor")

@@ -3,7 +3,8 @@
 import pytest
 
 import tfinfer
-from tfinfer.errors import InputError, ProviderError, TfinferError
+from tfinfer.errors import CudaGraphError, InputError, ProviderError, TfinferError
+from tfinfer.session.failures import translated
 
 
 class Failing:
@@ -44,3 +45,18 @@ def test_what_is_no_failure_of_the_graph_stays_what_it_is(tiny):
         model.decoder._session = Failing(model.decoder._session, KeyError("a bug of ours"))
         with pytest.raises(KeyError, match="a bug of ours"):
             model.generate([1, 2, 3], max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "said, kind",
+    [
+        ("CUDA failure 900: operation not permitted when stream is capturing", CudaGraphError),
+        ("Graph capture did not complete after 3 internal runs", CudaGraphError),
+        ("CUDA failure 700: an illegal memory access was encountered", ProviderError),
+        ("CUDA failure 2: out of memory", ProviderError),
+    ],
+)
+def test_what_a_device_says_while_it_records_says_what_to_do(said, kind):
+    error = translated(RuntimeError(said), "the tokens given", "cuda")
+    assert type(error) is kind
+    assert ("cuda_graph=False" in str(error)) is (kind is CudaGraphError)

@@ -1,6 +1,7 @@
 """Both memories move the same bytes; the CUDA one is run here on a CUDA runtime made of memmove."""
 
 import ctypes
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,10 +20,12 @@ class FakeCudart:
     """The functions of the CUDA runtime that are used, on host memory, with a list of the calls."""
 
     def __init__(self, fails=None):
-        self.fails, self.calls = fails, []
+        self.fails, self.calls, self.held = fails, [], []
+        self.turn = threading.RLock()
 
     def _done(self, name):
         self.calls.append(name)
+        self.held.append(self.turn._is_owned())
         return 2 if name == self.fails else 0
 
     def cudaSetDevice(self, number):
@@ -187,6 +190,19 @@ def test_the_device_is_asked_by_number():
     assert (buffer.owner.shape, buffer.owner.element_type, buffer.owner.device_id) == ((2,), 16, 3)
     assert memory._cudart.device == 3
     assert (memory.device, memory.device_id) == ("cuda", 3)
+
+
+def test_every_cuda_call_waits_for_its_turn():
+    """While another thread records a CUDA graph, a copy or an allocation would spoil it."""
+    memory = fake_cuda()
+    memory._cudart.turn = memory.turn
+    memory._cudart.held.clear()
+    taken = []
+    memory._allocator = lambda *what: taken.append(memory.turn._is_owned()) or Allocation(*what)
+    memory.read(memory.allocate((4,), "uint8"))
+    assert taken == [True]
+    assert memory._cudart.held
+    assert all(memory._cudart.held)
 
 
 def test_every_cuda_call_waits_for_its_end():

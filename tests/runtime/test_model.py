@@ -3,13 +3,16 @@
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import tfinfer
 from tfinfer.errors import ClosedError, InputError, LengthError
+from tfinfer.manifest import WeightsSpec, load_manifest
 from tfinfer.proof.prove import verify_folder
+from tfinfer.session.decoder import without_cuda
 
 PROMPTS = ["a", "the cat sat on the mat and", "def main():"]
 
@@ -242,6 +245,13 @@ def test_a_graph_that_cuda_would_leave_to_the_cpu_is_refused_there(tiny, monkeyp
         assert "no float32 kernel" in model.reason
     with pytest.raises(tfinfer.errors.ProviderError, match="--dtype fp16"):
         tfinfer.load(tiny, device="cuda")
+
+
+def test_small_weights_with_wide_activations_are_refused_on_cuda_and_say_what_to_export(tiny, monkeypatch):
+    monkeypatch.setattr("tfinfer.session.decoder.listed_providers", lambda ort: ("CUDAExecutionProvider",))
+    manifest = replace(load_manifest(tiny), weights=WeightsSpec(4, 8, 64, True, 9))
+    with pytest.raises(tfinfer.errors.ProviderError, match="--activations fp16 or bf16"):
+        without_cuda(manifest, "cuda")
 
 
 def test_what_device_and_threads_were_taken_is_said(tiny):

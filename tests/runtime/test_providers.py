@@ -6,10 +6,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tfinfer.errors import CorruptModelError, IncompatibleModelError, InputError, ProviderError, UnsafeModelError
+from tfinfer.errors import (
+    CorruptModelError,
+    CudaGraphError,
+    IncompatibleModelError,
+    InputError,
+    ProviderError,
+    UnsafeModelError,
+)
 from tfinfer.session import providers
+from tfinfer.session.onnx_bytes import field
 from tfinfer.session.ort import onnxruntime
-from tfinfer.session.probe import _field, addition_graph, probe
+from tfinfer.session.probe import addition_graph, probe
 from tfinfer.session.providers import open_session
 from tfinfer.session.threads import Threads
 
@@ -58,14 +66,14 @@ def fake(monkeypatch, tmp_path):
 
 def external(location, length=4):
     """y = x + w, where the one float of w lies in another file."""
-    node = _field(1, b"x") + _field(1, b"w") + _field(2, b"y") + _field(4, b"Add")
+    node = field(1, b"x") + field(1, b"w") + field(2, b"y") + field(4, b"Add")
     where = {b"location": location.encode(), b"length": str(length).encode()}
-    entries = b"".join(_field(13, _field(1, key) + _field(2, value)) for key, value in where.items())
-    weight = _field(1, 1) + _field(2, 1) + _field(8, b"w") + entries + _field(14, 1)
-    shape = _field(1, _field(1, 1) + _field(2, _field(1, _field(1, 1))))
-    values = [_field(number, _field(1, name) + _field(2, shape)) for number, name in ((11, b"x"), (12, b"y"))]
-    graph = _field(1, node) + _field(2, b"g") + _field(5, weight) + b"".join(values)
-    return _field(1, 8) + _field(7, graph) + _field(8, _field(2, 17))
+    entries = b"".join(field(13, field(1, key) + field(2, value)) for key, value in where.items())
+    weight = field(1, 1) + field(2, 1) + field(8, b"w") + entries + field(14, 1)
+    shape = field(1, field(1, 1) + field(2, field(1, field(1, 1))))
+    values = [field(number, field(1, name) + field(2, shape)) for number, name in ((11, b"x"), (12, b"y"))]
+    graph = field(1, node) + field(2, b"g") + field(5, weight) + b"".join(values)
+    return field(1, 8) + field(7, graph) + field(8, field(2, 17))
 
 
 def test_cpu_opens_from_bytes_and_from_a_path(tmp_path):
@@ -192,6 +200,21 @@ def test_cuda_that_opens_is_taken(fake, device):
     ((asked, fallback),) = ort.asked
     assert fallback == 0
     assert asked[0] == (CUDA, {"arena_extend_strategy": "kSameAsRequested", "device_id": 2, "use_tf32": 0})
+
+
+def test_cuda_graphs_are_asked_for_and_nothing_else_changes(fake):
+    ort = fake()
+    assert open_session(b"", device="cuda", threads=ONE, cuda_graph=True).device == "cuda"
+    assert ort.asked[0][0][0][1]["enable_cuda_graph"] == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+@pytest.mark.parametrize("feature", ["graph capture feature", "CUDA Graph feature"])
+def test_a_graph_that_cannot_be_recorded_is_refused_and_not_put_on_the_cpu(fake, device, feature):
+    said = f"This session cannot use the {feature} as requested by the user as all compute graph nodes have not ..."
+    fake(refusal=RuntimeError(said))
+    with pytest.raises(CudaGraphError, match=r"cannot be recorded.*without --cuda-graph"):
+        open_session(b"", device=device, threads=ONE, cuda_graph=True)
 
 
 def test_cuda_that_registers_as_a_plug_in_is_listed(fake):

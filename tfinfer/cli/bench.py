@@ -58,9 +58,16 @@ def _named_file(args: list[str]) -> list[str]:
 )
 @click.option("--json-file", type=click.Path(path_type=Path), hidden=True)
 @options.compute
+@options.cuda_graph
 @options.common
 def command(
-    folder: Path, device: str, threads: int | None, as_json: bool, json_file: Path | None, **asked: Any
+    folder: Path,
+    device: str,
+    threads: int | None,
+    cuda_graph: bool,
+    as_json: bool,
+    json_file: Path | None,
+    **asked: Any,
 ) -> None:
     """Measure start, prefill and decode; compare two measurements.
 
@@ -77,7 +84,15 @@ def command(
         _check_file(json_file)
     with Status() as status:
         line = shlex.join(["tfinfer", *sys.argv[1:]])
-        result = run(folder, device=device, threads=threads, command_line=line, progress=status, **asked)
+        result = run(
+            folder,
+            device=device,
+            threads=threads,
+            cuda_graph=cuda_graph,
+            command_line=line,
+            progress=status,
+            **asked,
+        )
     if json_file is not None:
         _write(json_file, result)
     if as_json:

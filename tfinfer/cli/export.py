@@ -61,6 +61,13 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     help="int8, int4: widen weights until so many first choices are PyTorch's, as 0.99.",
 )
 @click.option(
+    "--activations",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="int8, int4: of activations and cache; CUDA takes no fp32 here.",
+)
+@click.option(
     "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."
 )
 @click.option("--max-length", type=int, metavar="N", help="Longest sequence; default: the model's own, at most 4096.")

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 )
 @click.option("--stats", is_flag=True, help="Timings, tokens/s and reused tokens, to stderr.")
 @options.compute
+@options.cuda_graph
 @options.common
-def command(folder: Path, prompt: str | None, device: str, threads: int | None, **given: Any) -> None:
+def command(folder: Path, prompt: str | None, device: str, threads: int | None, cuda_graph: bool, **given: Any) -> None:
     """Continue a prompt.
 
     PROMPT is a text, or - to read it from stdin as it is. A folder without a tokenizer takes --ids and prints ids.
@@ -50,7 +51,7 @@ def command(folder: Path, prompt: str | None, device: str, threads: int | None, 
         raise click.UsageError("--conversation goes on with a text or --ids; --chat is a whole conversation by itself")
     started = time.perf_counter()
     with contextlib.ExitStack() as opened:
-        model = opened.enter_context(load(folder, device=device, threads=threads))
+        model = opened.enter_context(load(folder, device=device, threads=threads, cuda_graph=cuda_graph))
         seconds = time.perf_counter() - started
         if given["draft"] is not None:
             given["draft"] = opened.enter_context(load(given["draft"], device=device, threads=threads))

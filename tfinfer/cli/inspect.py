@@ -121,6 +121,9 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if small.wider or small.kept:
             shape += f", {small.wider} of them wider in int8, {small.kept} in float32"
         yield "weights", f"{shape}; {small.agreement:.1%} of the proof's first choices are PyTorch's"
+    if (found := manifest.range) is not None:
+        operators = f"{many(found.kept, 'operator')} float32 for values above {found.limit:,.0f}"
+        yield "range", f"up to {found.largest:,.4g} in {many(found.tokens, 'token')} of {found.origin}; {operators}"
     ids = f"{manifest.vocab_size} ids in" if manifest.vocab_size else "takes no ids"
     first = f"{manifest.source_vocab_size} ids of a source in, " if manifest.source_vocab_size else ""
     last = f", {manifest.num_logits} logits out" if manifest.roles else ""

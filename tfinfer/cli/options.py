@@ -29,6 +29,12 @@ def compute(command: F) -> F:
     return device(threads(command))
 
 
+def cuda_graph(command: F) -> F:
+    """`--cuda-graph`, for commands that run steps of a decoder."""
+    text = "Record the steps of a decoder on CUDA and replay them; an error where that cannot be."
+    return click.option("--cuda-graph", is_flag=True, help=text)(command)
+
+
 def folder(command: F) -> F:
     """The folder that `tfinfer export` made, or `tfinfer adopt` took over."""
     return click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))(command)

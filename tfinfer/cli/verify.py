@@ -16,9 +16,12 @@ FAILED = 4
 @click.command("verify")
 @options.folder
 @options.compute
+@options.cuda_graph
 @options.common
 @click.pass_context
-def command(ctx: click.Context, folder: Path, device: str, threads: int | None, as_json: bool) -> None:
+def command(
+    ctx: click.Context, folder: Path, device: str, threads: int | None, cuda_graph: bool, as_json: bool
+) -> None:
     """Let a folder prove itself against its golden file.
 
     The cases of its proof run again here; what PyTorch computed for them, or an adopted graph without its cache, is in
@@ -33,7 +36,7 @@ def command(ctx: click.Context, folder: Path, device: str, threads: int | None, 
         manifest = load_manifest(folder)
         check_files(folder, manifest)
         status("open the graph")
-        session = open_session(manifest, folder, device=device, threads=threads)
+        session = open_session(manifest, folder, device=device, threads=threads, cuda_graph=cuda_graph)
         try:
             verdict = verify_folder(session, folder, status)
         finally:

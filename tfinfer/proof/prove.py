@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfinfer.errors import CorruptModelError
+from tfinfer.errors import CorruptModelError, InputError
 from tfinfer.manifest import ADOPTED, Manifest, ProofCase
 from tfinfer.proof.cases import Case, open_cache, run
 from tfinfer.proof.compare import Difference, tie
@@ -130,15 +130,24 @@ def prove_encoder(encoder: Any, dtype: str, runs: Sequence[Run], progress: Progr
     return Verdict(encoder.device, dtype, prove_runs(encoder, dtype, runs, progress), None)
 
 
-def open_session(manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None) -> Any:
+def open_session(
+    manifest: Manifest,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    cuda_graph: bool | None = False,
+) -> Any:
     """What the proof of a folder runs on: a Decoder, an EncoderDecoder or an Encoder."""
     if manifest.kind == "encoder":
+        if cuda_graph:
+            raise InputError("cuda_graph is for the steps of a decoder, this folder is an encoder: leave it out")
         from tfinfer.session.encoder import Encoder
 
         return Encoder(manifest, folder, device=device, threads=threads)
     from tfinfer.session.choose import open_decoder
 
-    return open_decoder(manifest, folder, device=device, threads=threads)
+    return open_decoder(manifest, folder, device=device, threads=threads, cuda_graph=cuda_graph)
 
 
 def verify_folder(session: Any, folder: Path, progress: Progress = lambda name: None) -> Verdict:

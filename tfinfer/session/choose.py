@@ -12,11 +12,16 @@ from tfinfer.session.settings import OnCpu
 
 
 def open_decoder(
-    manifest: Manifest, folder: Path, *, device: str = "cpu", threads: int | None = None, how: OnCpu | None = None
+    manifest: Manifest,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    how: OnCpu | None = None,
+    cuda_graph: bool | None = False,
 ) -> Decoder:
     """Open what generates. Raises as `tfinfer.load`."""
-    if manifest.kind == "encoder-decoder":
-        return EncoderDecoder(manifest, folder, device=device, threads=threads, how=how)
+    kind = EncoderDecoder if manifest.kind == "encoder-decoder" else Decoder
     if manifest.cache_mode == "concatenated":
-        return ConcatDecoder(manifest, folder, device=device, threads=threads, how=how)
-    return Decoder(manifest, folder, device=device, threads=threads, how=how)
+        kind = ConcatDecoder
+    return kind(manifest, folder, device=device, threads=threads, how=how, cuda_graph=cuda_graph)

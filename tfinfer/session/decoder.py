@@ -6,6 +6,7 @@ at its own length. The cache and its states are bound as past and as present, so
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ import numpy.typing as npt
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError, ProviderError
 from tfinfer.manifest import Manifest
 from tfinfer.session.cache import Cache
+from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
 from tfinfer.session.providers import listed_providers
+from tfinfer.session.recorded import open_recording
+from tfinfer.session.select import WORTH, Selecting
 from tfinfer.session.settings import OnCpu
 from tfinfer.session.tuned import open_graph
 
@@ -44,18 +48,24 @@ class Decoder:
         device: str = "cpu",
         threads: int | None = None,
         how: OnCpu | None = None,
+        cuda_graph: bool | None = False,
     ) -> None:
         """Open it. how: threads and switches on the CPU; by default what the folder's tuning or `threads` says."""
         check_runtime(manifest)
         assert manifest.roles is not None, "the manifest has no decoder"
         self.manifest, self.roles = manifest, manifest.roles
         device, why_not = without_cuda(manifest, device)
-        opened = open_graph(folder, manifest.graphs["decoder"], device, threads, how)
+        graph = manifest.graphs["decoder"]
+        opened, self.recording, self.not_recorded = open_recording(
+            lambda records: open_graph(folder, graph, device, threads, how, records), manifest, cuda_graph
+        )
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
         self.settings = opened.settings
         self._session: Any = opened.session
         self._check_signature()
         self.memory: HostMemory | CudaMemory = CudaMemory() if self.device == "cuda" else HostMemory()
+        self.step_kind: type[BoundStep] | type[DeviceStep] = BoundStep if self.device == "cpu" else DeviceStep
+        self.selecting = self._open_selecting()
 
     def _check_signature(self) -> None:
         """The graph has the inputs and outputs that the manifest says."""
@@ -82,9 +92,28 @@ class Decoder:
         self.keep_shape = tuple(axis if isinstance(axis, int) else 1 for axis in axes)
         self.keep_required = roles.logits_to_keep in {value.name for value in session.get_inputs()}
 
+    def _open_selecting(self) -> Selecting | None:
+        """What finds the best logits on a device; None where copying all of them is as good, or all there is."""
+        if self.device == "cpu" or self.manifest.num_logits < WORTH:
+            return None
+        try:
+            return Selecting(self.manifest.num_logits, str(self.logits_dtype), self.device, self.threads)
+        except (ProviderError, IncompatibleModelError):
+            return None
+
+    @property
+    def turn(self) -> contextlib.AbstractContextManager[Any]:
+        """What is held while it computes: recordings share with all other runs the memory for what lies between."""
+        return contextlib.nullcontext() if self.recording is None else self.memory.turn
+
+    @property
+    def selects(self) -> bool:
+        """Whether `step_best` copies less than `step`."""
+        return self.selecting is not None
+
     def close(self) -> None:
         """Let the graph go; calls after this raise ClosedError."""
-        self._session = None
+        self._session = self.selecting = self.recording = None
 
     def open_cache(self, slots: int = 1, capacity: int = 256) -> Cache:
         """An empty cache of `slots` sequences of up to `capacity` positions; it grows when a slot needs more."""
@@ -166,16 +195,32 @@ class Decoder:
         ids: (slots,), taken as they are: they come from this model's logits or were checked by the caller. A step that
         fails keeps the lengths; states may be half changed then, so release the slots of a model that has some.
         """
+        bound = self._bound(cache, slots)
+        logits = bound.run(ids)
+        _note(cache, slots, bound.ids)
+        return logits
+
+    def step_best(
+        self, cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids, count: int
+    ) -> tuple[Logits, Ids | None]:
+        """As `step`, of the `count` largest logits of each slot alone: (slots, count), falling, and their ids.
+
+        All logits and None where a device has no better way, or equal ones may go on behind the last.
+        """
+        bound = self._bound(cache, slots)
+        found = bound.run_best(ids, count) if isinstance(bound, DeviceStep) else (bound.run(ids), None)
+        _note(cache, slots, bound.ids)
+        return found
+
+    def _bound(self, cache: Cache, slots: Sequence[int]) -> BoundStep | DeviceStep:
+        """A step over `slots`, with room for one position more: the last one where it is the same."""
         for slot in slots:
             cache.reserve(slot, 1)
         first = cache.arrange(slots)
-        bound = cache.bound
-        if not isinstance(bound, BoundStep) or bound.key != (id(self), cache.generation, first, len(slots)):
-            bound = cache.bound = BoundStep(self, cache, first, len(slots))
-        logits = bound.run(ids)
-        for slot, token in zip(slots, bound.ids[:, 0].tolist()):
-            cache.ids[slot].append(token)
-        return logits
+        bound, kind = cache.bound, self.step_kind
+        if not isinstance(bound, kind) or bound.key != (id(self), cache.generation, first, len(slots)):
+            bound = cache.bound = kind(self, cache, first, len(slots))
+        return bound
 
     def _binding(self) -> Any:
         if self._session is None:
@@ -193,15 +238,18 @@ class Decoder:
             binding.bind_input(state.past, self.device, 0, kind, (rows, *state.shape), pointer)
             binding.bind_output(state.present, self.device, 0, kind, (rows, *state.shape), pointer)
 
-    def _run(self, binding: Any) -> None:
-        session = self._session
+    def _run(self, binding: Any, options: Any = None) -> None:
+        """options: of a step that is recorded; without them nothing is."""
+        session, recording = self._session, self.recording
         if session is None:
             raise ClosedError("the model was closed: load it again")
-        run_bound(session, binding, "the tokens given", self.device)
+        with self.turn:
+            how = options or (recording.plain if recording else None)
+            run_bound(session, binding, "the tokens given", self.device, how)
 
 
 class BoundStep:
-    """The inputs and outputs of a step over `rows` neighbouring rows, bound once and changed in place."""
+    """The inputs and outputs of a step on the CPU over `rows` neighbouring rows, bound once and changed in place."""
 
     def __init__(self, decoder: Decoder, cache: Cache, first: int, rows: int) -> None:
         self.key = (id(decoder), cache.generation, first, rows)
@@ -234,12 +282,16 @@ class BoundStep:
         if rows > 1:
             mask = self.mask[: rows * total].reshape(rows, total)
             np.less_equal(self.columns[:total], held[:, None], out=mask)
-        if self.decoder.device != "cpu":  # a device takes its copy of a host input when it is bound, not when it runs
-            self._bind_small()
         self.binding.bind_input(self.roles.attention_mask, "cpu", 0, np.int64, (rows, total), self.mask.ctypes.data)
         self.decoder._run(self.binding)
         self.lengths += 1
         return self.logits[:, 0].astype(np.float32, copy=False)
+
+
+def _note(cache: Cache, slots: Sequence[int], ids: Ids) -> None:
+    """The ids (slots, 1) of a step that was made belong to what the slots hold."""
+    for slot, token in zip(slots, ids[:, 0].tolist()):
+        cache.ids[slot].append(token)
 
 
 def checked_ids(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:
@@ -265,7 +317,8 @@ def without_cuda(manifest: Manifest, device: str) -> tuple[str, str]:
         return device, ""
     if "CUDAExecutionProvider" not in listed_providers(onnxruntime()):  # opening it will say so
         return device, ""
-    why = "CUDA has no float32 kernel of GroupQueryAttention: export with --dtype fp16, bf16 or --flavor standard"
+    mend = "--dtype fp16, bf16 or --flavor standard" if manifest.weights is None else "--activations fp16 or bf16"
+    why = f"CUDA has no float32 kernel of GroupQueryAttention: export with {mend}"
     if device == "auto":
         return "cpu", f"cpu: {why}"
     if device == "cuda":

@@ -15,7 +15,8 @@ from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, Leng
 from tfinfer.manifest import Manifest
 from tfinfer.session.cache import Cache
 from tfinfer.session.cross import Sources, sized
-from tfinfer.session.decoder import Decoder, Ids, Logits, checked_ids
+from tfinfer.session.decoder import BoundStep, Decoder, Ids, Logits, checked_ids
+from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.encoder import Encoder
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, Buffer
@@ -36,8 +37,9 @@ class EncoderDecoder(Decoder):
         device: str = "cpu",
         threads: int | None = None,
         how: OnCpu | None = None,
+        cuda_graph: bool | None = False,
     ) -> None:
-        super().__init__(manifest, folder, device=device, threads=threads, how=how)
+        super().__init__(manifest, folder, device=device, threads=threads, how=how, cuda_graph=cuda_graph)
         self.encoder = Encoder(manifest, folder, device=self.device, threads=threads, how=how)
         self.encoder.check_takes_texts()
         outputs = {(output.name, output.dtype) for output in self.encoder.graph.outputs}
@@ -114,10 +116,10 @@ class EncoderDecoder(Decoder):
         _check_have_sources(cache, [slot])
         return super().prefill(cache, slot, ids, keep=keep)
 
-    def step(self, cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids) -> Logits:
-        """As `Decoder.step`, of slots that all have a source; they may be of different lengths."""
+    def _bound(self, cache: Cache, slots: Sequence[int]) -> BoundStep | DeviceStep:
+        """As `Decoder._bound`, of slots that all have a source; they may be of different lengths."""
         _check_have_sources(cache, slots)
-        return super().step(cache, slots, ids)
+        return super()._bound(cache, slots)
 
     def _bind_cache(self, binding: Any, cache: Cache, row: int, rows: int) -> None:
         super()._bind_cache(binding, cache, row, rows)

@@ -7,6 +7,7 @@ the bytes mean, nor of graphs and slots. Everything here is finished when it ret
 import contextlib
 import ctypes
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class HostMemory:
 
     device = "cpu"
     device_id = 0
+    turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()  # see CudaMemory
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """Make a buffer of zeros."""
@@ -112,6 +114,8 @@ class CudaMemory:
             allocator: from (shape, element type, device_id) to what has `data_ptr()`; None takes onnxruntime's.
         """
         self.device_id = device_id
+        # While one thread records a CUDA graph no other may allocate or copy: who records holds this.
+        self.turn = threading.RLock()
         self._cudart = find_cudart() if cudart is None else cudart
         self._allocator = allocator or _ort_value
 
@@ -121,7 +125,8 @@ class CudaMemory:
         # bindings refuse the null pointer that an allocation of nothing may give
         asked = tuple(shape) if nbytes else (1,)
         try:
-            owner = self._allocator(asked, ELEMENT_TYPES[dtype], self.device_id)
+            with self.turn:
+                owner = self._allocator(asked, ELEMENT_TYPES[dtype], self.device_id)
         except Exception as cause:  # onnxruntime's classes have no common root
             said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise ProviderError(f"cuda: no memory for {nbytes} bytes, {dtype} {shape}: {said}") from cause
@@ -155,10 +160,11 @@ class CudaMemory:
         return _widen(array, buffer.dtype)
 
     def _call(self, name: str, *arguments: int) -> None:
-        # the current device belongs to the calling thread, and threads come and go
-        self._checked("cudaSetDevice", self.device_id)
-        self._checked(name, *arguments)
-        self._checked("cudaStreamSynchronize", 0)
+        with self.turn:
+            # the current device belongs to the calling thread, and threads come and go
+            self._checked("cudaSetDevice", self.device_id)
+            self._checked(name, *arguments)
+            self._checked("cudaStreamSynchronize", 0)
 
     def _checked(self, name: str, *arguments: int) -> None:
         if code := getattr(self._cudart, name)(*arguments):

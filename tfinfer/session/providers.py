@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from tfinfer.errors import (
     CorruptModelError,
+    CudaGraphError,
     IncompatibleModelError,
     InputError,
     ProviderError,
@@ -47,6 +48,8 @@ _OTHER_VERSION = (
 )
 _OUTSIDE = ("escapes", "Absolute path not allowed")
 _NO_MEMORY = ("Failed to allocate memory", "bad_alloc")
+# What onnxruntime raises when a session that is to record CUDA graphs has nodes elsewhere.
+_NO_RECORDING = ("capture feature", "CUDA Graph feature")
 _NO_CUDA = ("CUDA", "CUBLAS", "CUDNN", "plugin EP")
 
 
@@ -69,6 +72,7 @@ def open_session(
     on_cpu: OnCpu | None = None,
     device_id: int = 0,
     tf32: bool = False,
+    cuda_graph: bool = False,
 ) -> Opened:
     """Open a graph.
 
@@ -79,10 +83,11 @@ def open_session(
         on_cpu: threads and switches that take their place where it opens on the CPU: what was measured there.
         device_id: number of the CUDA device.
         tf32: let CUDA round the inputs of fp32 products to 10 bits: faster, and no longer what PyTorch computes.
+        cuda_graph: record runs that have a `gpu_graph_id`, and replay them; one thread at a time may then run it.
 
     Raises:
         InputError: no such device.
-        ProviderError: the device does not open.
+        ProviderError: the device does not open. CudaGraphError: it does, but cannot record this graph.
         CorruptModelError, IncompatibleModelError, UnsafeModelError: the graph does not open.
     """
     if device not in DEVICES:
@@ -90,10 +95,11 @@ def open_session(
     ort, on_cpu = onnxruntime(), on_cpu or OnCpu(threads)
     if device == "cpu":
         return _open_cpu(ort, model, on_cpu, "cpu: asked for")
+    chosen = {"device_id": device_id, "use_tf32": int(tf32)} | ({"enable_cuda_graph": 1} if cuda_graph else {})
     try:
-        session = _open_cuda(ort, model, threads, {"device_id": device_id, "use_tf32": int(tf32)})
+        session = _open_cuda(ort, model, threads, chosen)
     except (ProviderError, IncompatibleModelError) as refusal:
-        if device == "cuda":
+        if device == "cuda" or isinstance(refusal, CudaGraphError):
             raise
         reason = f"cpu: {refusal}"
     else:
@@ -127,6 +133,8 @@ def _open_cuda(ort: ModuleType, model: str | PathLike[str] | bytes, threads: Thr
     options = {"arena_extend_strategy": "kSameAsRequested", **chosen}
     try:
         session = _open(ort, model, threads, [(_CUDA, options), _CPU], "cuda")
+    except CudaGraphError:
+        raise
     except ProviderError as refusal:
         raise ProviderError(_closed(str(refusal), notes)) from refusal
     if (active := session.get_providers()[0]) != _CUDA:
@@ -185,6 +193,9 @@ def _translate(cause: Exception, name: str, device: str) -> TfinferError | None:
     def has(marks: tuple[str, ...]) -> bool:
         return any(mark in said.replace(name, "") for mark in marks)  # a folder may be called CUDA
 
+    if has(_NO_RECORDING):
+        mend = "load it with cuda_graph=False (without --cuda-graph), or export it again with this tfinfer"
+        return CudaGraphError(f"{name}: its steps cannot be recorded as CUDA graphs: {said}; {mend}")
     if kind == "NotImplemented":
         mend = "open it on another device or export it in another dtype"
         return IncompatibleModelError(f"{name}: onnxruntime has no kernel for it on {device}: {said}; {mend}")

@@ -68,10 +68,14 @@ def key_of(folder: Path) -> Key:
     )  # fmt: skip
 
 
-def open_graph(folder: Path, graph: GraphSpec, device: str, threads: int | None, how: OnCpu | None) -> Opened:
+def open_graph(
+    folder: Path, graph: GraphSpec, device: str, threads: int | None, how: OnCpu | None, cuda_graph: bool = False
+) -> Opened:
     """Open a graph of a folder. how: as to do it on the CPU; None: as the folder's tuning, or else `threads`, says."""
     chosen = on_cpu(folder, device, threads) if how is None else how
-    return open_session(folder / graph.file, device=device, threads=thread_count(threads), on_cpu=chosen)
+    return open_session(
+        folder / graph.file, device=device, threads=thread_count(threads), on_cpu=chosen, cuda_graph=cuda_graph
+    )
 
 
 def on_cpu(folder: Path, device: str, threads: int | None) -> OnCpu | None:

@@ -14,7 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from tfinfer.errors import InputError, LengthError
-from tfinfer.tokens.sampling import History, Ids, SamplingParams, TokenLogprobs, choose, generators, top_logprobs
+from tfinfer.tokens.sampling import (
+    History,
+    Ids,
+    SamplingParams,
+    TokenLogprobs,
+    best_needed,
+    choose,
+    choose_among,
+    generators,
+    top_logprobs,
+)
 
 # From logits (rows, vocab), and a generator for each row, to one id for each row.
 Choose = Callable[[npt.NDArray[np.float32], History, SamplingParams, Sequence[np.random.Generator]], Ids]
@@ -22,7 +32,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class DecodesIds(Protocol):
-    """What the loop needs of a decoder."""
+    """What the loop needs of a decoder.
+
+    One that `selects` has `step_best` too, which gives the largest logits of each row and their ids.
+    """
 
     def open_cache(self, slots: int, capacity: int) -> Any: ...
     def prefill(self, cache: Any, slot: int, ids: Sequence[int]) -> npt.NDArray[np.float32]: ...
@@ -112,11 +125,13 @@ class Batch:
     def _continue(
         self, rows: list[_Row], logits: Any, history: History, draws: list[np.random.Generator]
     ) -> Iterator[Token]:
+        best = best_needed(self.params, self.limits.logprobs) if getattr(self.decoder, "selects", False) else 0
+        among: Ids | None = None  # the ids of the logits, where they are not all
         while rows:
             if self.cancel is not None and self.cancel.is_set():
                 yield from (Token(row.index, None, "cancelled") for row in rows)
                 return
-            ids = self._choose(rows, logits, history, draws)
+            ids = self._choose(rows, logits, among, history, draws)
             reported = top_logprobs(logits, ids, self.limits.logprobs) if self.limits.logprobs else None
             history.add(ids)
             kept = []
@@ -127,13 +142,25 @@ class Batch:
                     kept.append(place)
             ids, draws = self._keep(rows, kept, ids, history, draws)
             if rows:
-                logits = self.decoder.step(self.cache, [row.slot for row in rows], ids)
+                logits, among = self._step([row.slot for row in rows], ids, best)
 
-    def _choose(self, rows: list[_Row], logits: Any, history: History, draws: list[np.random.Generator]) -> Any:
+    def _step(self, slots: list[int], ids: Any, best: int) -> tuple[Any, Ids | None]:
+        """The logits behind one id more in each slot; where `best` are enough, these alone and their ids."""
+        if not best:
+            return self.decoder.step(self.cache, slots, ids), None
+        decoder: Any = self.decoder
+        logits, among = decoder.step_best(self.cache, slots, ids, best)
+        return logits, among
+
+    def _choose(
+        self, rows: list[_Row], logits: Any, among: Ids | None, history: History, draws: list[np.random.Generator]
+    ) -> Any:
         """One id for each row, (rows,)."""
         forced = self.limits.forced_last
         if forced is not None and rows[0].generated == self.limits.max_tokens - 1:  # all rows have as many
             return np.full(len(rows), forced, np.int64)
+        if among is not None:
+            return choose_among(logits, among, self.params, draws)
         return self.choose(logits, history, self.params, draws)
 
     def _keep(self, rows: list[_Row], kept: list[int], ids: Any, history: History, draws: Any) -> Any:

@@ -158,6 +158,22 @@ def choose(
     return picked if ids is None else np.asarray(ids[np.arange(len(ids)), picked], np.int64)
 
 
+def best_needed(params: SamplingParams, logprobs: int = 0) -> int:
+    """How many of a row's largest logits are all that `choose` looks at; 0 where it looks at every one."""
+    if params.logit_bias or params.needs_history or logprobs:
+        return 0
+    return 1 if params.temperature == 0 else int(params.top_k)
+
+
+def choose_among(logits: npt.NDArray[np.float32], ids: Ids, params: SamplingParams, generators: Sequence[Draws]) -> Ids:
+    """As `choose`, of the `best_needed` largest logits of each row, falling, the lowest id first among equals.
+
+    logits, ids: (rows, k). The same draws give the same ids.
+    """
+    places = choose(logits, History((), 0, params), params, generators)
+    return np.asarray(ids[np.arange(len(ids)), places], np.int64)
+
+
 def distribution(logits: npt.NDArray[np.float32], history: History, params: SamplingParams) -> FloatArray:
     """The probabilities by which `choose` chooses, (rows, vocab); greedy, 1 for the one that it takes."""
     logits, best = _adjusted(logits, history, params)
