@@ -106,7 +106,7 @@ def open_with(monkeypatch):
         session = Session(declared or spec, compute)
         monkeypatch.setattr(
             "tfinfer.session.tuned.open_session",
-            lambda path, device, threads, on_cpu=None: Opened(session, "cpu", threads, "cpu: asked for"),
+            lambda path, threads, **_: Opened(session, "cpu", threads, "cpu: asked for"),
         )
         changed = {"graphs": {"encoder": spec}, "encoder": roles, "pooling": None, "vocab_size": 1000, **changes}
         model = EncodingModel(dataclasses.replace(load_manifest(FOLDER), **changed), FOLDER)
