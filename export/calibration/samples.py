@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfinfer.errors import InputError
+from tfinfer.manifest import Manifest
+from tfinfer.proof.prove import open_session
 from tfinfer.session.decoder import Decoder
 from tfinfer.tokens.tokenizer import Tokenizer
 
@@ -22,7 +24,7 @@ Ids = npt.NDArray[np.int64]
 PIECE = 256  # tokens of a text that stand together
 MOST_PIECES = 64
 MOST_CHARACTERS = 1 << 20  # of a file, from its beginning: what is behind them is not tokenised
-ROWS, LENGTH = 16, 128  # of texts that the model writes
+ROWS, LENGTH = 32, 128  # of texts that the model writes
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,15 @@ def write_text(decoder: Decoder, rows: int = ROWS, length: int = LENGTH, seed: i
     finally:
         cache.close()
     return CalibrationIds(tuple(written[:, None]), "its own text")
+
+
+def own_text(manifest: Manifest, folder: Path) -> CalibrationIds:
+    """What the decoder in a folder writes."""
+    decoder = open_session(manifest, folder)
+    try:
+        return write_text(decoder)
+    finally:
+        decoder.close()
 
 
 def _drawn(logits: npt.NDArray[np.float32], rng: np.random.Generator) -> Ids:

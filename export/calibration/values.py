@@ -21,6 +21,8 @@ from tfinfer.manifest import Manifest
 from tfinfer.proof.prove import open_session
 from tfinfer.session.decoder import Decoder
 from tfinfer.session.encoder import Encoder
+from tfinfer.session.settings import OnCpu, Settings
+from tfinfer.session.threads import thread_count
 from tfinfer.session.tuned import open_graph
 
 from .samples import Ids
@@ -50,7 +52,9 @@ def watch(manifest: Manifest, folder: Path, names: Sequence[str], pieces: Sequen
         with _graph_with(manifest, folder, names) as file:
             session._session = None  # one set of weights at a time
             spec = replace(manifest.graphs["encoder" if isinstance(session, Encoder) else "decoder"], file=file)
-            opened = open_graph(folder, spec, "cpu", None, None).session
+            # Threads that spin while they wait would take the cores from what is done with the values.
+            how = OnCpu(thread_count(None), Settings(allow_spinning=False))
+            opened = open_graph(folder, spec, "cpu", None, how).session
             once = list(dict.fromkeys(names))
             for some in (once[at : at + AT_ONCE] for at in range(0, len(once), AT_ONCE)):
                 for piece in pieces:

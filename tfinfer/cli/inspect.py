@@ -120,6 +120,8 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             shape += ", with zero points"
         if small.wider or small.kept:
             shape += f", {small.wider} of them wider in int8, {small.kept} in float32"
+        if small.calibration is not None:
+            shape += f", {small.quantiser} on {many(small.calibration_tokens, 'token')} of {small.calibration}"
         yield "weights", f"{shape}; {small.agreement:.1%} of the proof's first choices are PyTorch's"
     ids = f"{manifest.vocab_size} ids in" if manifest.vocab_size else "takes no ids"
     first = f"{manifest.source_vocab_size} ids of a source in, " if manifest.source_vocab_size else ""
