@@ -79,9 +79,9 @@ def check(small: Small, dtype: str) -> None:
             f"few bits: give the dtype int8 or int4, not {dtype}"
         )
     if small.calibration is not None and small.quantiser_of(dtype) == "rtn":
+        why = "was asked for" if small.quantiser else f"is what {dtype} takes by itself"
         raise InputError(
-            f"a calibration text is for the quantiser gptq, but rtn was asked for, or is what {dtype} takes by itself: "
-            "give quantiser gptq as well, or leave the text out"
+            f"a calibration text is for the quantiser gptq, but rtn {why}: give quantiser gptq, or leave the text out"
         )
 
 

@@ -23,7 +23,7 @@ Ids = npt.NDArray[np.int64]
 
 PIECE = 256  # tokens of a text that stand together
 MOST_PIECES = 64
-MOST_CHARACTERS = 1 << 20  # of a file, from its beginning: what is behind them is not tokenised
+MOST_CHARACTERS = 1 << 20  # of a file, from its beginning: what is behind them is not read
 ROWS, LENGTH = 32, 128  # of texts that the model writes
 
 
@@ -50,7 +50,7 @@ def read_text(file: Path, tokenizer: bytes | None, max_length: int, vocab_size: 
         )
     encoder = Tokenizer(parse_tokenizer(tokenizer, "tokenizer.json"))
     front, back = _around(encoder)
-    ids = encoder.encode(_text(file)[:MOST_CHARACTERS], add_special_tokens=False)
+    ids = encoder.encode(_text(file), add_special_tokens=False)
     size = min(PIECE, max_length) - len(front) - len(back)
     if size < 1:
         raise InputError(f"the model's longest length, {max_length}, has no room for text: calibrate without a file")
@@ -110,7 +110,8 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(MOST_CHARACTERS)
     except OSError as error:
         raise InputError(f"{file}: expected a text file to calibrate on: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -38,8 +38,9 @@ def watch(manifest: Manifest, folder: Path, names: Sequence[str], pieces: Sequen
     """Run the graph of a decoder or encoder on pieces of text and hand on what its values `names` are.
 
     manifest: the folder's, or a draft of it. pieces: (1, seq) each. take: called once for each piece and name with
-    (1, seq, ...) or whatever else the value is; presents of a cache as (1, num_kv_heads, seq, head_dim), those of a
-    window as much as it holds. Only so many values are in memory as AT_ONCE says; beyond that the texts run again.
+    (1, seq, ...) or whatever else the value is, more often where a cache takes a piece in parts; presents of a cache as
+    (1, num_kv_heads, seq, head_dim), those of a window as much as it holds. An array may be overwritten after the
+    call. Only so many values are in memory as AT_ONCE says; beyond that the texts run again.
 
     Raises InputError for an encoder-decoder, an encoder that takes no ids, and names that the graph does not have.
     """

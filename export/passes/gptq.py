@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .blocks import Blocks, Floats, quantised
+from .blocks import Blocks, Bytes, Floats, quantised
 
 # Of the mean of the diagonal, added to it: 1 % as in the paper, more where fewer inputs than a hundred for each row of
 # the matrix came: their products then say as much of chance as of the model, and believed they do more harm than good.
@@ -32,11 +32,13 @@ def rounded(
     importance = torch.empty_like(factor[0])
     importance[order] = factor.diagonal() ** -2  # what is lost by an error that no later row makes up for
     start = quantised(matrix, bits, block_size, symmetric=symmetric, importance=importance.float().numpy())
+    at = order.numpy()
+    block = at // block_size
+    rows = np.ascontiguousarray(matrix[at], np.float32)
     numbers = np.empty(matrix.shape, np.uint8)
-    block = order // block_size
-    scales, zeros = (torch.from_numpy(side.T.copy())[block] for side in (start.scales, start.middles()))
-    rows = torch.from_numpy(np.ascontiguousarray(matrix, np.float32))[order]
-    numbers[order.numpy()] = _numbers(rows, factor.float(), scales, zeros, (1 << bits) - 1).numpy()
+    numbers[at] = _numbers(
+        rows, factor.float().numpy(), start.scales.T[block], start.middles().T[block], (1 << bits) - 1
+    )
     return start.with_numbers(numbers)
 
 
@@ -48,19 +50,20 @@ def _factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.linalg.solve_triangular(turned, identity, upper=True)
 
 
-def _numbers(
-    rows: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, most: int
-) -> torch.Tensor:
-    """(k, n) uint8: rows rounded one after the other; `rows` is changed. scales, zeros: of each row, (k, n)."""
-    steps = torch.where(scales == 0, 1, scales)
-    numbers = torch.empty_like(rows, dtype=torch.uint8)
+def _numbers(rows: Floats, factor: Floats, scales: Floats, zeros: Floats, most: int) -> Bytes:
+    """(k, n): rows rounded one after the other; `rows` is changed. scales, zeros: of each row, (k, n).
+
+    In numpy, for threads that meet after every row take many times as long where others use the cores as well.
+    """
+    steps = np.where(scales == 0, np.float32(1), scales)
+    numbers = np.empty(rows.shape, np.uint8)
     for first in range(0, len(rows), AT_ONCE):
         end = min(len(rows), first + AT_ONCE)
-        errors = torch.empty_like(rows[first:end])
+        errors = np.empty_like(rows[first:end])
         for i in range(first, end):
-            found = (rows[i] / steps[i]).round_().add_(zeros[i]).clamp_(0, most)
-            numbers[i] = found.to(torch.uint8)
+            found = np.clip(np.rint(rows[i] / steps[i]) + zeros[i], 0, most)
+            numbers[i] = found
             errors[i - first] = (rows[i] - (found - zeros[i]) * scales[i]) / factor[i, i]
-            rows[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - first], alpha=-1)
-        rows[end:].addmm_(factor[first:end, end:].T, errors, alpha=-1)
+            rows[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - first]
+        rows[end:] -= factor[first:end, end:].T @ errors
     return numbers
