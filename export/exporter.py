@@ -92,6 +92,8 @@ def export_model(
     keep: Sequence[str] = (),
     keep_agreement: float | None = None,
     activations: str = "fp32",
+    quantiser: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage: None,
 ) -> ExportReport:
@@ -116,12 +118,15 @@ def export_model(
             whether to do without zero points, patterns of names of weights that stay float32, and the least share of
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
         activations: of int8 and int4: "fp32", or for CUDA "fp16" or "bf16", of cache and scales too.
+        quantiser, calibration: "rtn" rounds each weight to the nearest number; "gptq", the default of int4, for the
+            inputs that it gets on a text: the model's own, or that of a file, for which a tokenizer is needed.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
     """
     _check_choices(dtype, flavor, kind)
-    small = Small(block_size, symmetric, tuple(keep), keep_agreement)
+    text = None if calibration is None else Path(calibration)
+    small = Small(block_size, symmetric, tuple(keep), keep_agreement, quantiser, text)
     check(small, dtype)
     width = _width(dtype, activations)
     check_length("max_length", max_length)
@@ -222,7 +227,7 @@ class _Export:
             self.stage("passes")
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.width != "fp32")
-            shrinking = Shrinking(graphs, folder, self.small, self.dtype) if self.dtype in RECIPES else None
+            shrinking = self._shrinking(job, graphs, folder) if self.dtype in RECIPES else None
             self.stage("write")
             give_back(self.source.module)  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
@@ -280,6 +285,12 @@ class _Export:
         greedy = last.greedy.identical if last.greedy else 0
         return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
 
+    def _shrinking(self, job: Job, graphs: dict[str, ir.Model], folder: Path) -> Shrinking:
+        """What makes the weights small, once the float32 graphs are proved."""
+        shrinking, fields = Shrinking(graphs, folder, self.small, self.dtype), job.fields("float32")
+        shrinking.read(self.source.tokenizer, fields["max_length"], fields["vocab_size"])
+        return shrinking
+
     def _make_small(
         self, shrinking: Shrinking, job: Job, graphs: dict[str, ir.Model], expected: golden.Golden
     ) -> Verdict:
@@ -291,6 +302,9 @@ class _Export:
             manifest = self._manifest(job, tried, shrinking.folder)
             return job.verdict(manifest, shrinking.folder, wanted, "cpu", self._progress)
 
+        if shrinking.quantiser == "gptq":
+            self._progress("proof: calibrating")
+            shrinking.calibrate(self._manifest(job, graphs, shrinking.folder))
         verdict = shrinking.run(prove)
         self.weights = shrinking.spec
         graphs.update(shrinking.graphs)

@@ -11,16 +11,19 @@ import numpy as np
 import onnx_ir as ir
 
 from tfinfer.errors import InputError
-from tfinfer.manifest import WeightsSpec
+from tfinfer.manifest import Manifest, WeightsSpec
 from tfinfer.proof.prove import Verdict
 
 from . import graph_files
+from .calibration import CalibrationIds, own_text, read_text
+from .calibration.rounding import round_for_inputs
 from .passes import quantise
 from .passes.quantise import Made, Recipe, weights_of
 
 # The head and the embedding keep 8 bits: a rounding there is a rounding of every token.
 RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 64)}
 BLOCK_SIZES = (32, 64, 128)
+QUANTISERS = ("rtn", "gptq")
 GROUPS = 24  # of neighbouring matrices, whose damage is measured together
 
 Graphs = dict[str, ir.Model]
@@ -35,13 +38,19 @@ class Small:
 
     block_size: numbers that share a scale, 32, 64 or 128; None: 64 for 4 bits, 128 for 8. symmetric: without zero
     points. keep: patterns of the names of weights that stay float32. agreement: the least share of first choices that
-    must be PyTorch's, for which matrices are widened where that helps most.
+    must be PyTorch's, for which matrices are widened where that helps most. quantiser: "rtn" or "gptq"; None: gptq for
+    4 bits, rtn for 8, where gptq gains next to nothing. calibration: a text file for gptq; None: the model's own text.
     """
 
     block_size: int | None = None
     symmetric: bool = True
     keep: tuple[str, ...] = ()
     agreement: float | None = None
+    quantiser: str | None = None
+    calibration: Path | None = None
+
+    def quantiser_of(self, dtype: str) -> str:
+        return self.quantiser or ("gptq" if dtype == "int4" else "rtn")
 
     def recipe(self, dtype: str, weights: Sequence[tuple[str, ...]]) -> Recipe:
         """The recipe to begin with; weights: the names of each. Raises InputError for a pattern that fits none."""
@@ -62,10 +71,17 @@ def check(small: Small, dtype: str) -> None:
         )
     if small.agreement is not None and not 0 < small.agreement <= 1:
         raise InputError(f"expected keep_agreement to be above 0 and at most 1, got {small.agreement!r}")
+    if small.quantiser not in (None, *QUANTISERS):
+        raise InputError(f"unknown quantiser {small.quantiser!r}: expected one of {', '.join(QUANTISERS)}")
     if small != Small() and dtype not in RECIPES:
         raise InputError(
-            f"block sizes, zero points, kept weights and agreements are for weights of a few bits: give the dtype int8 "
-            f"or int4, not {dtype}"
+            "block sizes, zero points, kept weights, agreements, quantisers and calibration texts are for weights of a "
+            f"few bits: give the dtype int8 or int4, not {dtype}"
+        )
+    if small.calibration is not None and small.quantiser_of(dtype) == "rtn":
+        why = "was asked for" if small.quantiser else f"is what {dtype} takes by itself"
+        raise InputError(
+            f"a calibration text is for the quantiser gptq, but rtn {why}: give quantiser gptq, or leave the text out"
         )
 
 
@@ -77,12 +93,24 @@ class Shrinking:
 
     def __init__(self, graphs: Mapping[str, ir.Model], folder: Path, small: Small, dtype: str) -> None:
         self.whole, self.folder, self.small = graphs, folder, small
+        self.quantiser = small.quantiser_of(dtype)
+        self.ids: CalibrationIds | None = None
         self._weights = [names for model in graphs.values() for names in weights_of(model)]
         self._recipe = small.recipe(dtype, self._weights)
         self._made: Made = {}
         self._written: tuple[Recipe, Verdict] | None = None  # of the last recipe that was judged by all cases
         self.graphs: Graphs = {}  # those of the last recipe
         self.spec: WeightsSpec | None = None
+
+    def read(self, tokenizer: bytes | None, max_length: int, vocab_size: int) -> None:
+        """Read the text to calibrate on, where one was named. Raises InputError where that cannot be."""
+        if self.small.calibration is not None:
+            self.ids = read_text(self.small.calibration, tokenizer, max_length, vocab_size)
+
+    def calibrate(self, manifest: Manifest) -> None:
+        """Round the matrices for their inputs; in the folder lie the float32 graphs, and `manifest` is theirs."""
+        self.ids = self.ids or own_text(manifest, self.folder)
+        self._made |= round_for_inputs(manifest, self.folder, self.whole["decoder"], self._recipe, self.ids.pieces)
 
     def run(self, prove: Prove) -> Verdict:
         """Leave in the folder what was asked for; what it computes."""
@@ -107,6 +135,8 @@ class Shrinking:
             recipe.bits, recipe.head_bits, recipe.block_size, recipe.symmetric, count,
             wider=len(set(recipe.wider) - set(recipe.keep)),
             kept=sum(len(weights_of(model)) for model in self.graphs.values()),
+            quantiser=self.quantiser, calibration=self.ids.origin if self.ids else None,
+            calibration_tokens=self.ids.tokens if self.ids else 0,
         )  # fmt: skip
         verdict = prove(self.graphs, self.spec, brief)
         self.spec = replace(self.spec, agreement=round(verdict.agreement, 4))

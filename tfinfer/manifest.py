@@ -222,7 +222,8 @@ class WeightsSpec:
     """How the weights were made small, and what that costs.
 
     agreement: share of the proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices
-    have 8 bits in place of `bits`, and how many are as wide as they were.
+    have 8 bits in place of `bits`, and how many are as wide as they were. quantiser: "rtn", each number to its
+    nearest, or "gptq", for the inputs that the matrices get on a text: calibration says which, of so many tokens.
     """
 
     bits: int
@@ -233,6 +234,9 @@ class WeightsSpec:
     agreement: float = 0.0
     wider: int = 0
     kept: int = 0
+    quantiser: str = "rtn"
+    calibration: str | None = None
+    calibration_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfinfer.errors import InputError
+from tfinfer.manifest import Manifest
+from tfinfer.proof.prove import open_session
 from tfinfer.session.decoder import Decoder
 from tfinfer.tokens.tokenizer import Tokenizer
 
@@ -21,8 +23,8 @@ Ids = npt.NDArray[np.int64]
 
 PIECE = 256  # tokens of a text that stand together
 MOST_PIECES = 64
-MOST_CHARACTERS = 1 << 20  # of a file, from its beginning: what is behind them is not tokenised
-ROWS, LENGTH = 16, 128  # of texts that the model writes
+MOST_CHARACTERS = 1 << 20  # of a file, from its beginning: what is behind them is not read
+ROWS, LENGTH = 32, 128  # of texts that the model writes
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def read_text(file: Path, tokenizer: bytes | None, max_length: int, vocab_size: 
         )
     encoder = Tokenizer(parse_tokenizer(tokenizer, "tokenizer.json"))
     front, back = _around(encoder)
-    ids = encoder.encode(_text(file)[:MOST_CHARACTERS], add_special_tokens=False)
+    ids = encoder.encode(_text(file), add_special_tokens=False)
     size = min(PIECE, max_length) - len(front) - len(back)
     if size < 1:
         raise InputError(f"the model's longest length, {max_length}, has no room for text: calibrate without a file")
@@ -85,6 +87,15 @@ def write_text(decoder: Decoder, rows: int = ROWS, length: int = LENGTH, seed: i
     return CalibrationIds(tuple(written[:, None]), "its own text")
 
 
+def own_text(manifest: Manifest, folder: Path) -> CalibrationIds:
+    """What the decoder in a folder writes."""
+    decoder = open_session(manifest, folder)
+    try:
+        return write_text(decoder)
+    finally:
+        decoder.close()
+
+
 def _drawn(logits: npt.NDArray[np.float32], rng: np.random.Generator) -> Ids:
     """A token for each row, by the chances that its logits give: the largest with Gumbel's noise on it."""
     return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
@@ -99,7 +110,8 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(MOST_CHARACTERS)
     except OSError as error:
         raise InputError(f"{file}: expected a text file to calibrate on: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

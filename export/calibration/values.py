@@ -21,6 +21,8 @@ from tfinfer.manifest import Manifest
 from tfinfer.proof.prove import open_session
 from tfinfer.session.decoder import Decoder
 from tfinfer.session.encoder import Encoder
+from tfinfer.session.settings import OnCpu, Settings
+from tfinfer.session.threads import thread_count
 from tfinfer.session.tuned import open_graph
 
 from .samples import Ids
@@ -36,8 +38,9 @@ def watch(manifest: Manifest, folder: Path, names: Sequence[str], pieces: Sequen
     """Run the graph of a decoder or encoder on pieces of text and hand on what its values `names` are.
 
     manifest: the folder's, or a draft of it. pieces: (1, seq) each. take: called once for each piece and name with
-    (1, seq, ...) or whatever else the value is; presents of a cache as (1, num_kv_heads, seq, head_dim), those of a
-    window as much as it holds. Only so many values are in memory as AT_ONCE says; beyond that the texts run again.
+    (1, seq, ...) or whatever else the value is, more often where a cache takes a piece in parts; presents of a cache as
+    (1, num_kv_heads, seq, head_dim), those of a window as much as it holds. An array may be overwritten after the
+    call. Only so many values are in memory as AT_ONCE says; beyond that the texts run again.
 
     Raises InputError for an encoder-decoder, an encoder that takes no ids, and names that the graph does not have.
     """
@@ -50,7 +53,9 @@ def watch(manifest: Manifest, folder: Path, names: Sequence[str], pieces: Sequen
         with _graph_with(manifest, folder, names) as file:
             session._session = None  # one set of weights at a time
             spec = replace(manifest.graphs["encoder" if isinstance(session, Encoder) else "decoder"], file=file)
-            opened = open_graph(folder, spec, "cpu", None, None).session
+            # Threads that spin while they wait would take the cores from what is done with the values.
+            how = OnCpu(thread_count(None), Settings(allow_spinning=False))
+            opened = open_graph(folder, spec, "cpu", None, how).session
             once = list(dict.fromkeys(names))
             for some in (once[at : at + AT_ONCE] for at in range(0, len(once), AT_ONCE)):
                 for piece in pieces:

@@ -6,7 +6,7 @@ scales (columns, blocks); zero points (columns, bytes), packed the same way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,37 +33,54 @@ class Blocks:
     def dense(self) -> Floats:
         """(k, n) float32: what the numbers stand for."""
         numbers = _unpacked(self.data, self.bits).reshape(*self.scales.shape, self.block_size).astype(np.float32)
-        zeros = np.full(self.scales.shape, 1 << (self.bits - 1), np.float32)
-        if self.zeros is not None:
-            zeros = _unpacked(self.zeros, self.bits)[:, : self.scales.shape[1]].astype(np.float32)
-        rows = (numbers - zeros[..., None]) * self.scales[..., None]
+        rows = (numbers - self.middles()[..., None]) * self.scales[..., None]
         return np.ascontiguousarray(rows.reshape(len(rows), -1)[:, : self.k].T)
 
+    def middles(self) -> Floats:
+        """(n, blocks): the number that stands for zero."""
+        if self.zeros is None:
+            return np.full(self.scales.shape, 1 << (self.bits - 1), np.float32)
+        return _unpacked(self.zeros, self.bits)[:, : self.scales.shape[1]].astype(np.float32)
 
-def quantised(matrix: Floats, bits: int, block_size: int, *, symmetric: bool = True, search: bool = True) -> Blocks:
+    def with_numbers(self, numbers: Bytes) -> Blocks:
+        """Other numbers, (k, n), by the same scales and zero points."""
+        n, count = self.scales.shape
+        rows = np.pad(numbers.T, ((0, 0), (0, count * self.block_size - self.k)))
+        return replace(self, data=_packed(rows.reshape(n * count, -1), self.bits).reshape(n, count, -1))
+
+
+def quantised(
+    matrix: Floats, bits: int, block_size: int, *, symmetric: bool = True, search: bool = True,
+    importance: Floats | None = None,
+) -> Blocks:  # fmt: skip
     """The matrix (k, n) in `bits` by blocks of `block_size` along k.
 
-    search: choose each block's range by the least squared error, instead of its largest number.
+    search: choose each block's range by the least squared error, instead of its largest number. importance: (k,), what
+    an error counts in each row of the matrix.
     """
     k, n = matrix.shape
     count = -(-k // block_size)
+    weights = np.ones(k, np.float32) if importance is None else importance.astype(np.float32)
+    weights = np.pad(weights, (0, count * block_size - k)).reshape(count, block_size)
     parts = []
     for first in range(0, n, ROWS_AT_ONCE):
         rows = np.ascontiguousarray(matrix[:, first : first + ROWS_AT_ONCE].T)
         rows = np.pad(rows, ((0, 0), (0, count * block_size - k))).reshape(len(rows), count, block_size)
-        parts.append(_rows(rows, bits, symmetric, SHRINK if search else SHRINK[:1]))
+        parts.append(_rows(rows, bits, symmetric, SHRINK if search else SHRINK[:1], weights))
     numbers, scales, zeros = (np.concatenate(side) for side in zip(*parts))
     packed = _packed(numbers.reshape(n * count, block_size), bits).reshape(n, count, -1)
     return Blocks(bits, block_size, k, packed, scales, None if symmetric else _packed(zeros, bits))
 
 
-def _rows(rows: Floats, bits: int, symmetric: bool, factors: tuple[float, ...]) -> tuple[Bytes, Floats, Bytes]:
-    """(n, blocks, size) as numbers of the same shape, scales and zero points (n, blocks)."""
+def _rows(
+    rows: Floats, bits: int, symmetric: bool, factors: tuple[float, ...], weights: Floats
+) -> tuple[Bytes, Floats, Bytes]:
+    """(n, blocks, size) as numbers of the same shape, scales and zero points (n, blocks); weights: (blocks, size)."""
     best = _in_range(rows, bits, symmetric, factors[0])
-    error = _error(rows, *best)
+    error = _error(rows, weights, *best)
     for factor in factors[1:]:
         tried = _in_range(rows, bits, symmetric, factor)
-        found = _error(rows, *tried)
+        found = _error(rows, weights, *tried)
         better = found < error
         error = np.where(better, found, error)
         best = (
@@ -93,9 +110,9 @@ def _nonzero(scales: Floats) -> Floats:
     return np.where(scales == 0, np.float32(1), scales)
 
 
-def _error(rows: Floats, numbers: Bytes, scales: Floats, zeros: Bytes) -> Floats:
+def _error(rows: Floats, weights: Floats, numbers: Bytes, scales: Floats, zeros: Bytes) -> Floats:
     away = (numbers.astype(np.float32) - zeros[..., None]) * scales[..., None] - rows
-    found: Floats = np.einsum("nbs,nbs->nb", away, away)
+    found: Floats = np.einsum("nbs,nbs,bs->nb", away, away, weights)
     return found
 
 

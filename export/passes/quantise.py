@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from . import dead_nodes
@@ -41,7 +42,26 @@ class Recipe:
     keep: tuple[str, ...] = field(default=())
 
 
-Made = dict[tuple[int, bool, int, int, bool], Blocks]  # what weights became, by which tensor and how
+Key = tuple[int, bool, int, int, bool]
+Made = dict[Key, Blocks]  # what weights became, by which tensor and how
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A matrix of products that gets the recipe's few bits, and all the values that it is multiplied with."""
+
+    key: Key  # what `Made` knows it by
+    tensor: ir.TensorProtocol
+    transposed: bool  # whether it lies (n, k)
+    inputs: tuple[str, ...]
+
+    @property
+    def k(self) -> int:
+        return int(self.tensor.shape.numpy()[self.transposed])
+
+    def matrix(self) -> npt.NDArray[np.float32]:
+        """(k, n)"""
+        return self.tensor.numpy().T if self.transposed else self.tensor.numpy()
 
 
 def run(model: ir.Model, recipe: Recipe, made: Made | None = None) -> int:
@@ -58,6 +78,27 @@ def weights_of(model: ir.Model) -> list[tuple[str, ...]]:
     """The names of each matrix that would become small, in the order of the graph: its own, and those of its parts."""
     read = (_weight(node) for node in model.graph)
     return list(dict.fromkeys(_names(weight) for weight in read if weight is not None))
+
+
+def narrow(model: ir.Model, recipe: Recipe) -> list[Narrow]:
+    """The matrices that `recipe` gives its few bits, in the order of the graph; not the head, nor the embedding."""
+    heads, found = set(_heads(model.graph)), dict[Key, Narrow]()
+    for node in model.graph:
+        weight = _weight(node)
+        if weight is None or _is_embedding(node) or node in heads or _is_named(weight, (*recipe.keep, *recipe.wider)):
+            continue
+        tensor, x = weight.const_value, node.inputs[0]
+        assert tensor is not None
+        assert x is not None
+        transposed = node.op_type == "FusedMatMul"
+        key = _key(tensor, transposed, recipe.bits, recipe)
+        inputs = found[key].inputs if key in found else ()
+        found[key] = Narrow(key, tensor, transposed, tuple(dict.fromkeys((*inputs, str(x.name)))))
+    return list(found.values())
+
+
+def _key(tensor: ir.TensorProtocol, transposed: bool, bits: int, recipe: Recipe) -> Key:
+    return id(tensor), transposed, bits, recipe.block_size, recipe.symmetric
 
 
 def _names(weight: ir.Value) -> tuple[str, ...]:
@@ -93,7 +134,7 @@ class _Quantising:
         """transposed: whether the weight lies (columns, k) already, as an embedding does."""
         tensor, recipe = weight.const_value, self.recipe
         assert tensor is not None
-        key = id(tensor), transposed, bits, recipe.block_size, recipe.symmetric
+        key = _key(tensor, transposed, bits, recipe)
         if key not in self.made:
             matrix = tensor.numpy().T if transposed else tensor.numpy()
             search = recipe.search and bits < 8  # 8 bits leave nothing to gain

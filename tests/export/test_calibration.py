@@ -62,6 +62,8 @@ def test_of_a_long_text_pieces_are_taken_evenly_over_it(tmp_path, monkeypatch):
     file = text_file(tmp_path, [f"w{i}" for i in range(50)])
     found = read_text(file, tokenizer(special=False), 10, 60)
     assert [piece[0, 0] for piece in found.pieces] == [3, 23, 43]
+    monkeypatch.setattr(samples, "MOST_CHARACTERS", 11)  # "w0 w1 w2 w3"
+    assert read_text(file, tokenizer(special=False), 10, 60).tokens == 4
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def test_a_decoder_with_small_weights_says_what_they_cost_and_verifies(dtype, sh
 def test_inspect_tells_how_weights_were_made_small(tmp_path):
     export_model(decoder(), tmp_path / "out", dtype="int4")
     told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")])
-    assert "int4 in blocks of 64, head and embedding int8; " in " ".join(told.output.split())
+    said = " ".join(told.output.split())
+    assert "int4 in blocks of 64, head and embedding int8, gptq on 2560 tokens of its own text; " in said
 
 
 def test_small_weights_that_are_damaged_fail_their_proof(tmp_path):

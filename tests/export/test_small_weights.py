@@ -1,11 +1,13 @@
 """What may be asked of weights of a few bits: blocks, zero points, weights that stay, and an agreement that is held."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tfinfer
 from tfinfer.cli.main import tfinfer as cli
@@ -147,6 +149,12 @@ def test_an_agreement_that_is_held_at_once_is_proved_once(tmp_path, monkeypatch)
         ("int4", {"block_size": 48}, "expected block_size to be one of 32, 64, 128, got 48"),
         ("int4", {"keep_agreement": 0.0}, "above 0 and at most 1, got 0.0"),
         ("int4", {"keep": ["no.such.*"]}, "no weight is named 'no.such.*'; there are "),
+        ("int4", {"quantiser": "awq"}, "unknown quantiser 'awq': expected one of rtn, gptq"),
+        ("fp32", {"quantiser": "gptq"}, "give the dtype int8 or int4, not fp32"),
+        ("fp16", {"calibration": "text.txt"}, "give the dtype int8 or int4, not fp16"),
+        ("int8", {"calibration": "text.txt"}, "but rtn is what int8 takes by itself: give quantiser gptq, or"),
+        ("int4", {"calibration": "text.txt", "quantiser": "rtn"}, "but rtn was asked for: give quantiser gptq, or"),
+        ("int4", {"calibration": "text.txt"}, "text.txt: a text to calibrate on needs a tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, dtype, options, words):
@@ -177,8 +185,78 @@ def test_the_command_asks_for_all_of_it(tmp_path, monkeypatch):
         "b",
         "--keep-agreement",
         "0.99",
+        "--quantiser",
+        "gptq",
+        "--calibration",
+        "text.txt",
     ]
     done = CliRunner().invoke(cli, ["export", "tests/zoo/python_writer.py:build", "-o", str(tmp_path / "out"), *given])
     assert done.exit_code == 2, done.output
-    names = ("dtype", "block_size", "symmetric", "keep", "keep_agreement")
-    assert [asked[name] for name in names] == ["int4", 32, False, ("a*", "b"), 0.99]
+    names = ("dtype", "block_size", "symmetric", "keep", "keep_agreement", "quantiser", "calibration")
+    assert [asked[name] for name in names] == ["int4", 32, False, ("a*", "b"), 0.99, "gptq", Path("text.txt")]
+
+
+# -- text to calibrate on -------------------------------------------------------------------------------------------
+def numbers_of(folder):
+    return (folder / "weights.bin").read_bytes()
+
+
+def test_weights_of_4_bits_are_rounded_for_the_models_own_text_and_the_same_each_time(tmp_path):
+    for name, options in {"one": {}, "two": {}, "rtn": {"quantiser": "rtn"}}.items():
+        export_model(decoder(), tmp_path / name, dtype="int4", attention=False, **options)
+    told, plain = (load_manifest(tmp_path / name).weights for name in ("one", "rtn"))
+    assert (told.quantiser, told.calibration, told.calibration_tokens) == ("gptq", "its own text", 32 * 48)
+    assert (plain.quantiser, plain.calibration, plain.calibration_tokens) == ("rtn", None, 0)
+    assert numbers_of(tmp_path / "one") == numbers_of(tmp_path / "two") != numbers_of(tmp_path / "rtn")
+    assert not [path for path in (tmp_path / "one").iterdir() if "watched" in path.name]
+
+
+def test_weights_of_8_bits_are_rounded_to_the_nearest_unless_asked(tmp_path):
+    assert export_model(decoder(), tmp_path / "a", dtype="int8", attention=False).manifest.weights.quantiser == "rtn"
+    asked = export_model(decoder(), tmp_path / "b", dtype="int8", quantiser="gptq", attention=False)
+    assert asked.manifest.weights.quantiser == "gptq"
+    assert numbers_of(tmp_path / "a") != numbers_of(tmp_path / "b")
+
+
+def text_and_tokenizer(tmp_path):
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(120)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(" ".join(f"w{7 * i % 120}" for i in range(300)), encoding="utf-8")
+    return tmp_path / "text.txt", tmp_path / "tokenizer.json"
+
+
+def test_a_text_that_is_named_is_what_they_are_rounded_for(tmp_path):
+    text, tokenizer = text_and_tokenizer(tmp_path)
+    given = {"dtype": "int4", "attention": False, "tokenizer": tokenizer}
+    made = export_model(decoder(), tmp_path / "text", calibration=text, **given).manifest.weights
+    assert (made.quantiser, made.calibration, made.calibration_tokens) == ("gptq", "text.txt", 300)
+    export_model(decoder(), tmp_path / "own", **given)
+    assert numbers_of(tmp_path / "text") != numbers_of(tmp_path / "own")
+
+
+def test_a_text_that_is_not_there_is_refused_before_the_proof_and_the_next_export_works(tmp_path):
+    text, tokenizer = text_and_tokenizer(tmp_path)
+    given, stages = {"dtype": "int4", "attention": False, "tokenizer": tokenizer}, []
+    with pytest.raises(InputError, match=r"missing\.txt: expected a text file to calibrate on: No such file"):
+        export_model(decoder(), tmp_path / "out", calibration=tmp_path / "missing.txt", progress=stages.append, **given)
+    assert "proof" not in stages
+    assert not (tmp_path / "out").exists()
+    assert export_model(decoder(), tmp_path / "out", calibration=text, **given).verdicts[-1].passed
+
+
+class LastOnly(torch.nn.Module):
+    """Logits of the last position alone: of the last layer's end one row for each text is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = decoder()
+
+    def forward(self, input_ids):
+        return self.inner(input_ids)[:, -1:]
+
+
+def test_a_module_that_gives_its_last_logits_alone_is_calibrated_too(tmp_path):
+    made = export_model(LastOnly().eval(), tmp_path / "out", dtype="int4", attention=False)
+    assert made.verdicts[-1].passed
+    assert made.manifest.weights.calibration_tokens == 32 * 48

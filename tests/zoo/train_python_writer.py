@@ -1,9 +1,11 @@
 """Train the shipped example on the standard library's own source.
 
     python tests/zoo/train_python_writer.py --out tests/zoo/python_writer --steps 6000
+    python tests/zoo/train_python_writer.py --held-out held_out.txt
 
 Writes tokenizer.json (byte-level BPE, 2,048 tokens), model.safetensors and training.json. Needs torch, tokenizers and
-safetensors; no network. Files of `test` folders are left out, one file in fifty is held out for the loss it reports.
+safetensors; no network. Files of `test` folders are left out, one file in fifty is held out for the loss it reports;
+the second command writes those, for measurements, and trains nothing.
 """
 
 import argparse
@@ -86,12 +88,17 @@ def train(model, ids, steps, peak=3e-3):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path)
+    where.add_argument("--held-out", type=Path)
     parser.add_argument("--steps", type=int, default=6000)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
     texts = sources()
     held_out, training = texts[::50], [t for i, t in enumerate(texts) if i % 50]
+    if arguments.held_out:
+        arguments.held_out.write_text("\n".join(held_out), encoding="utf-8")
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(training)
     tokenizer.save(str(arguments.out / "tokenizer.json"))
     torch.manual_seed(0)

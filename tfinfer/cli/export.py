@@ -68,6 +68,17 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     help="int8, int4: of activations and cache; CUDA takes no fp32 here.",
 )
 @click.option(
+    "--quantiser",
+    type=click.Choice(["rtn", "gptq"]),
+    help="int8, int4: round to the nearest, or for the inputs on a text; default: gptq for int4, rtn for int8.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A plain text for gptq; default: what the model itself writes.",
+)
+@click.option(
     "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."
 )
 @click.option("--max-length", type=int, metavar="N", help="Longest sequence; default: the model's own, at most 4096.")

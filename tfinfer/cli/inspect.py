@@ -120,6 +120,8 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             shape += ", with zero points"
         if small.wider or small.kept:
             shape += f", {small.wider} of them wider in int8, {small.kept} in float32"
+        if small.calibration is not None:
+            shape += f", {small.quantiser} on {many(small.calibration_tokens, 'token')} of {small.calibration}"
         yield "weights", f"{shape}; {small.agreement:.1%} of the proof's first choices are PyTorch's"
     if (found := manifest.range) is not None:
         operators = f"{many(found.kept, 'operator')} float32 for values above {found.limit:,.0f}"

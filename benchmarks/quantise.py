@@ -1,0 +1,86 @@
+"""What weights of 4 bits cost: each quantiser and block size against the float32 graph, on a text that none was given.
+
+    python benchmarks/quantise.py SOURCE --weights FILE --tokenizer FILE --text held_out.txt [--calibration FILE]
+
+SOURCE is what `tfinfer export` takes. For every folder: the mean KL divergence of its chances of the next token from
+the float32 graph's, the share of first choices that are the same, how much the loss grows. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tfinfer
+from tfinfer.export import export_model
+from tfinfer.export.calibration import read_text
+from tfinfer.export.sources import load_source
+
+PIECES = 40  # of the text, evenly over it
+
+
+def chances(folder: Path, pieces: list[Any]) -> Iterator[torch.Tensor]:
+    """For each piece the logarithms of the chances of what follows every token, (seq, vocab)."""
+    with tfinfer.load(folder) as model:
+        decoder = model.decoder
+        for piece in pieces:
+            cache = decoder.open_cache(1, piece.size)
+            logits = decoder.prefill(cache, cache.acquire(), piece[0], keep=piece.size)
+            cache.close()
+            yield torch.from_numpy(logits).log_softmax(-1)
+
+
+def compared(folder: Path, reference: Path, pieces: list[Any]) -> dict[str, float]:
+    kl, same, loss = [], [], []
+    for piece, p, q in zip(pieces, chances(reference, pieces), chances(folder, pieces)):
+        following = torch.from_numpy(piece[0, 1:])[:, None]
+        kl.append((p.exp() * (p - q)).sum(-1).mean().item())
+        same.append((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+        loss.append((p - q)[:-1].gather(-1, following).mean().item())
+    return {"kl": float(np.mean(kl)), "same": float(np.mean(same)), "loss": float(np.mean(loss))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="to measure on; not what was trained on")
+    parser.add_argument("--calibration", type=Path, help="a text for gptq besides the model's own")
+    parser.add_argument("--asymmetric", action="store_true")
+    a = parser.parse_args()
+    source = load_source(a.source, weights=a.weights, tokenizer=a.tokenizer)
+    ways: list[dict[str, Any]] = [{"quantiser": "rtn"}, {"quantiser": "gptq"}]
+    if a.calibration:
+        ways.append({"quantiser": "gptq", "calibration": a.calibration})
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        wide = export_model(source, Path(place) / "wide", attention=False).manifest
+        pieces = read_text(a.text, source.tokenizer, wide.max_length, wide.vocab_size).pieces
+        chosen = [pieces[i] for i in np.unique(np.linspace(0, len(pieces) - 1, PIECES).astype(int))]
+        for size in (32, 64, 128):
+            for way in ways:
+                out, start = Path(place) / "small", time.perf_counter()
+                given = {"dtype": "int4", "block_size": size, "symmetric": not a.asymmetric, "attention": False}
+                made = export_model(source, out, overwrite=True, **given, **way).manifest.weights
+                found = compared(out, Path(place) / "wide", chosen)
+                row = {"block_size": size, "quantiser": made.quantiser, "on": made.calibration}
+                rows.append(row | found | {"seconds": time.perf_counter() - start, "proof": made.agreement})
+                print(
+                    f"blocks of {size:3}, {made.quantiser:4} on {made.calibration or '-':14} KL {found['kl']:.4f}, "
+                    f"same first choice {found['same']:.1%}, loss + {found['loss']:.4f}",
+                    flush=True,
+                )
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
