@@ -1,0 +1,7 @@
+"""What a graph computes inside while it runs on text: the text, and the values."""
+
+from .samples import CalibrationIds as CalibrationIds
+from .samples import random_ids as random_ids
+from .samples import read_text as read_text
+from .samples import write_text as write_text
+from .values import watch as watch
