@@ -25,7 +25,7 @@ KINDS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder-decoder": ("
 CACHE_MODES = ("in place", "concatenated")
 ADOPTED = "adopted"  # the kind of source of a folder that another exporter made
 POOLINGS = ("mean", "cls", "last", "none")
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,21 @@ class WeightsSpec:
 
 
 @dataclass(frozen=True)
+class SmallCacheSpec:
+    """How entries of the cache were made small, and what that costs.
+
+    entries: how many have `bits`; kept: how many are as wide as they were. calibration: the text that their ranges are
+    from, for people. agreement: share of the proof's rows whose first choice is still PyTorch's, by the cache alone.
+    """
+
+    bits: int
+    entries: int
+    calibration: str
+    kept: int = 0
+    agreement: float = 0.0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that the runtime knows of a folder."""
 
@@ -266,6 +281,7 @@ class Manifest:
     maps: tuple[MapSpec, ...] = ()  # of the graph "attention"
     cache_mode: str = "in place"
     weights: WeightsSpec | None = None  # None where they are as wide as `dtype` says
+    small_cache: SmallCacheSpec | None = None  # None where its entries are as wide as `dtype` says
     appends_one: bool = False  # whether a cache that holds something takes one more position at a time
 
     def __post_init__(self) -> None:
@@ -288,6 +304,10 @@ class Manifest:
         for entry in self.cache:
             check(min(entry.num_kv_heads, entry.head_dim) > 0, f"cache entry {entry.past!r} has no size")
             check(entry.dtype in DTYPES, f"cache entry {entry.past!r} has the unknown dtype {entry.dtype!r}")
+        small = any(entry.dtype == "int8" for entry in self.cache)
+        check(
+            small == (self.small_cache is not None), "a cache of 8 bits goes with what is said of it, and only with it"
+        )
         for state in self.states:
             check(min(state.shape, default=1) > 0, f"state {state.past!r} has no size")
             check(state.dtype in DTYPES, f"state {state.past!r} has the unknown dtype {state.dtype!r}")

@@ -61,6 +61,19 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     help="int8, int4: widen weights until so many first choices are PyTorch's, as 0.99.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of a decoder's keys and values; int8: a quarter of the memory.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A text for the ranges of an int8 cache; default: the model writes one.",
+)
+@click.option(
     "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."
 )
 @click.option("--max-length", type=int, metavar="N", help="Longest sequence; default: the model's own, at most 4096.")

@@ -17,7 +17,7 @@ from tfinfer.cli.console import many, say_json, size, table
 if TYPE_CHECKING:
     from tfinfer.manifest import Manifest, TensorSpec
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
 
 @click.command("inspect")
@@ -120,7 +120,7 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             shape += ", with zero points"
         if small.wider or small.kept:
             shape += f", {small.wider} of them wider in int8, {small.kept} in float32"
-        yield "weights", f"{shape}; {small.agreement:.1%} of the proof's first choices are PyTorch's"
+        yield "weights", f"{shape}; {_first_choices(small.agreement)}"
     ids = f"{manifest.vocab_size} ids in" if manifest.vocab_size else "takes no ids"
     first = f"{manifest.source_vocab_size} ids of a source in, " if manifest.source_vocab_size else ""
     last = f", {manifest.num_logits} logits out" if manifest.roles else ""
@@ -129,6 +129,10 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "window", f"the cache may forget what is more than {many(manifest.keeps_window, 'position')} back"
     if manifest.kind == "encoder":
         yield "pooling", _pooling(manifest)
+
+
+def _first_choices(agreement: float) -> str:
+    return f"{agreement:.1%} of the proof's first choices are PyTorch's"
 
 
 def _pooling(manifest: Manifest) -> str:
@@ -177,6 +181,9 @@ def _memory_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.cache:
         whole = size(sizes["bytes_at_max_length"])
         yield "cache", f"{sizes['bytes_per_token']} bytes per token, {whole} at {manifest.max_length} tokens"
+    if (small := manifest.small_cache) is not None:
+        wide = f", {many(small.kept, 'buffer')} as wide as before" if small.kept else ""
+        yield "cache", f"ranges from {small.calibration}{wide}; {_first_choices(small.agreement)}"
     alike = Counter((state.shape, state.dtype) for state in manifest.states)
     for (shape, dtype), number in alike.items():
         yield "states", f"{many(number, 'state')} of ({', '.join(map(str, shape))}), {dtype}"
