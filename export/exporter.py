@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tfinfer.manifest import (
     Manifest,
     MapSpec,
     ProofSpec,
+    SmallCacheSpec,
     SourceSpec,
     TensorSpec,
     TextSpec,
@@ -34,7 +36,7 @@ from tfinfer.proof import golden
 from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
 
-from . import graph_files, neighbours
+from . import graph_files, neighbours, small_cache
 from .capture import DEFAULT_MAX_LENGTH, Observed
 from .capture.plain import InputSpec, parse_input
 from .folder import check_target, new_folder
@@ -47,6 +49,7 @@ from .passes import half, joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
 from .small import RECIPES, Shrinking, Small, check
+from .small_cache import Cached
 from .sources import Source
 from .sources.source import from_module
 from .verify import check_observed
@@ -57,13 +60,15 @@ FLAVORS = ("ort", "standard")
 # The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
 # of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
 # Before 1.31 attention over entries that another layer fills is refused or kills the process, by running 1.24 to 1.31.
-READS_ONLY = "GroupQueryAttention that only reads"
+# Before 1.27 the one for CPUs takes no cache of 8 bits, by running 1.26 to 1.31.
+READS_ONLY, SMALL_CACHE = "GroupQueryAttention that only reads", "GroupQueryAttention over 8 bits"
 # Norms with a skip sum squares in half width on a GPU, and overflow, until long after 1.24: 1.30 is known not to.
 LEAST_RUNTIME = {
     READS_ONLY: "1.31",
     "SkipLayerNormalization": "1.30",
     "SkipSimplifiedLayerNormalization": "1.30",
     "Attention": "1.28",
+    SMALL_CACHE: "1.27",
     "TensorScatter": "1.25",
     "": "1.24",
 }
@@ -88,6 +93,8 @@ def export_model(
     symmetric: bool = True,
     keep: Sequence[str] = (),
     keep_agreement: float | None = None,
+    cache: str = "float32",
+    calibration: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage: None,
 ) -> ExportReport:
@@ -111,6 +118,8 @@ def export_model(
         block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128),
             whether to do without zero points, patterns of names of weights that stay float32, and the least share of
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
+        cache: "float32" or "int8": keys and values of a decoder rounded to 8 bits, with a scale for each feature.
+        calibration: of an int8 cache: a text for the ranges of these features; by default the model writes its own.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
@@ -118,6 +127,8 @@ def export_model(
     _check_choices(dtype, flavor, kind)
     small = Small(block_size, symmetric, tuple(keep), keep_agreement)
     check(small, dtype)
+    cached = Cached(cache, Path(calibration) if calibration else None)
+    small_cache.check(cached, dtype, flavor, also)
     check_length("max_length", max_length)
     check_length("max_source_length", max_source_length)
     target = Path(out)
@@ -131,7 +142,7 @@ def export_model(
     asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
     extra = neighbours.check_names(also)
     with torch.autocast("cpu", enabled=False):  # the user's own, around the call
-        return _Export(source, target, dtype, small, kind, asked, attention, extra, progress).run(overwrite)
+        return _Export(source, target, dtype, small, cached, kind, asked, attention, extra, progress).run(overwrite)
 
 
 def _check_choices(dtype: str, flavor: str, kind: str) -> None:
@@ -170,11 +181,12 @@ class _Export:
     """One export: what it was asked for, and how long each stage took."""
 
     def __init__(
-        self, source: Source, target: Path, dtype: str, small: Small, kind: str, asked: Asked, attention: bool,
-        also: Sequence[str], progress: Progress,
+        self, source: Source, target: Path, dtype: str, small: Small, cached: Cached, kind: str, asked: Asked,
+        attention: bool, also: Sequence[str], progress: Progress,
     ) -> None:  # fmt: skip
         self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
-        self.small = small
+        self.small, self.cached = small, cached
+        self.small_cache: SmallCacheSpec | None = None  # how it was made small
         self.weights: WeightsSpec | None = None  # how they were made small
         self.attention, self.also = attention, also
         self._progress = progress
@@ -202,6 +214,8 @@ class _Export:
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.dtype in ("fp16", "bf16"))
             shrinking = Shrinking(graphs, folder, self.small, self.dtype) if self.dtype in RECIPES else None
+            if self.cached.dtype == "int8":
+                small_cache.check_graphs(graphs, job.attention)
             self.stage("write")
             give_back(self.source.module)  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
@@ -244,6 +258,8 @@ class _Export:
         except InputError as error:
             raise ProofError(f"the exported graph does not run; nothing was written: {error}") from error
         _insist(verdicts[0])
+        if self.cached.dtype == "int8":
+            verdicts.append(self._narrow_cache(job, graphs, draft, folder, expected))
         if shrinking is not None:
             verdicts.append(self._make_small(shrinking, job, graphs, expected))
         elif self.dtype != "fp32":
@@ -257,6 +273,19 @@ class _Export:
         _insist(last)
         greedy = last.greedy.identical if last.greedy else 0
         return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
+
+    def _narrow_cache(
+        self, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path, expected: golden.Golden
+    ) -> Verdict:
+        """A cache of 8 bits, in the folder and in `graphs`; what they compute, before weights are made small."""
+        self._progress("proof: the ranges of the cache")
+        told = small_cache.narrow(graphs, draft, folder, self.cached, self.source.tokenizer)
+        self.small_cache = told
+        verdict = job.verdict(self._manifest(job, graphs, folder), folder, expected, "cpu", self._progress)
+        _insist(verdict)
+        small_cache.check_agreement(verdict.agreement, self.small.agreement)
+        self.small_cache = replace(told, agreement=round(verdict.agreement, 4))
+        return verdict
 
     def _make_small(
         self, shrinking: Shrinking, job: Job, graphs: dict[str, ir.Model], expected: golden.Golden
@@ -308,11 +337,14 @@ class _Export:
         width = NAMES.get(self.dtype, "float32") if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
         operators = {_operator(node) for model in graphs.values() for node in model.graph.all_nodes()}
         fields = job.fields(width)
+        if self.small_cache is not None:
+            fields["cache"] = small_cache.as_in_graph(fields["cache"], graphs["decoder"])
         return Manifest(
             format_version=FORMAT_VERSION,
             graphs={name: _graph(name, model) for name, model in graphs.items()},
             dtype=width,
             weights=self.weights,
+            small_cache=self.small_cache,
             flavor=self.asked.flavor,
             attention=summarise_attention(job.attention),
             token_ids=TokenIds(
@@ -345,6 +377,8 @@ class _Export:
 
 def _operator(node: ir.Node) -> str:
     """The operator of a node, as LEAST_RUNTIME knows it."""
+    if "kv_cache_bit_width" in node.attributes:
+        return SMALL_CACHE
     past = node.inputs[3] if node.op_type == "GroupQueryAttention" else None
     return READS_ONLY if past is not None and past.producer() is not None else node.op_type
 

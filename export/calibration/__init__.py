@@ -1,5 +1,6 @@
 """What a graph computes inside while it runs on text: the text, and the values."""
 
+from .ranges import cache_ranges as cache_ranges
 from .samples import CalibrationIds as CalibrationIds
 from .samples import random_ids as random_ids
 from .samples import read_text as read_text
