@@ -60,8 +60,8 @@ def check_graphs(graphs: Mapping[str, ir.Model], attention: Iterable[AttentionRe
     if not small_cache.entries(graphs["decoder"].graph):
         others = dict.fromkeys(f"{a.operator} ({a.pattern})" for a in attention)
         raise InputError(
-            "an int8 cache needs GroupQueryAttention over keys and values that nothing else fills or reads; this module "
-            f"has {'; '.join(others) or 'states of fixed size'}: leave the cache at float32"
+            "an int8 cache needs GroupQueryAttention over keys and values that nothing else fills or reads; this "
+            f"module has {'; '.join(others) or 'states of fixed size'}: leave the cache at float32"
         )
 
 

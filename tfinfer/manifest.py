@@ -305,9 +305,7 @@ class Manifest:
             check(min(entry.num_kv_heads, entry.head_dim) > 0, f"cache entry {entry.past!r} has no size")
             check(entry.dtype in DTYPES, f"cache entry {entry.past!r} has the unknown dtype {entry.dtype!r}")
         small = any(entry.dtype == "int8" for entry in self.cache)
-        check(
-            small == (self.small_cache is not None), "a cache of 8 bits goes with what is said of it, and only with it"
-        )
+        check(small or self.small_cache is None, "small_cache without a cache entry of int8")
         for state in self.states:
             check(min(state.shape, default=1) > 0, f"state {state.past!r} has no size")
             check(state.dtype in DTYPES, f"state {state.past!r} has the unknown dtype {state.dtype!r}")
