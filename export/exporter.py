@@ -48,8 +48,9 @@ from .operators import layers_of
 from .passes import half, joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
+from .runtimes import least_runtime
 from .small import RECIPES, Shrinking, Small, check
-from .small_cache import Cached
+from .small_cache import Cached, Rounding
 from .sources import Source
 from .sources.source import from_module
 from .verify import check_observed
@@ -57,21 +58,6 @@ from .verify import check_observed
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 FLAVORS = ("ort", "standard")
-# The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
-# of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
-# Before 1.31 attention over entries that another layer fills is refused or kills the process, by running 1.24 to 1.31.
-# Before 1.27 the one for CPUs takes no cache of 8 bits, by running 1.26 to 1.31.
-READS_ONLY, SMALL_CACHE = "GroupQueryAttention that only reads", "GroupQueryAttention over 8 bits"
-# Norms with a skip sum squares in half width on a GPU, and overflow, until long after 1.24: 1.30 is known not to.
-LEAST_RUNTIME = {
-    READS_ONLY: "1.31",
-    "SkipLayerNormalization": "1.30",
-    "SkipSimplifiedLayerNormalization": "1.30",
-    "Attention": "1.28",
-    SMALL_CACHE: "1.27",
-    "TensorScatter": "1.25",
-    "": "1.24",
-}
 
 
 def export_model(
@@ -214,8 +200,7 @@ class _Export:
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.dtype in ("fp16", "bf16"))
             shrinking = Shrinking(graphs, folder, self.small, self.dtype) if self.dtype in RECIPES else None
-            if self.cached.dtype == "int8":
-                small_cache.check_graphs(graphs, job.attention)
+            rounding = Rounding(job, self.cached, self.source.tokenizer) if self.cached.dtype == "int8" else None
             self.stage("write")
             give_back(self.source.module)  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
@@ -228,7 +213,7 @@ class _Export:
             draft = self._manifest(job, graphs, folder)
             neighbours.write(self.also, draft, folder)
             self.stage("proof")
-            verdicts, proof = self._prove(job, graphs, draft, folder, shrinking)
+            verdicts, proof = self._prove(job, graphs, draft, folder, rounding, shrinking)
             self.stage("seal")
             manifest = self._manifest(job, graphs, folder, proof)
             (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -247,7 +232,13 @@ class _Export:
 
     # -- proof --------------------------------------------------------------------------------------------------
     def _prove(
-        self, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path, shrinking: Shrinking | None
+        self,
+        job: Job,
+        graphs: dict[str, ir.Model],
+        draft: Manifest,
+        folder: Path,
+        rounding: Rounding | None,
+        shrinking: Shrinking | None,
     ) -> tuple[tuple[Verdict, ...], ProofSpec]:
         """Prove the float32 graphs strictly; then, for a half width, write them and measure what the width costs."""
         expected = job.expect(self._progress)
@@ -258,8 +249,8 @@ class _Export:
         except InputError as error:
             raise ProofError(f"the exported graph does not run; nothing was written: {error}") from error
         _insist(verdicts[0])
-        if self.cached.dtype == "int8":
-            verdicts.append(self._narrow_cache(job, graphs, draft, folder, expected))
+        if rounding is not None:
+            verdicts.append(self._round_cache(rounding, job, graphs, draft, folder, expected))
         if shrinking is not None:
             verdicts.append(self._make_small(shrinking, job, graphs, expected))
         elif self.dtype != "fp32":
@@ -274,13 +265,13 @@ class _Export:
         greedy = last.greedy.identical if last.greedy else 0
         return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
 
-    def _narrow_cache(
-        self, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path, expected: golden.Golden
-    ) -> Verdict:
+    def _round_cache(
+        self, rounding: Rounding, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path,
+        expected: golden.Golden,
+    ) -> Verdict:  # fmt: skip
         """A cache of 8 bits, in the folder and in `graphs`; what they compute, before weights are made small."""
         self._progress("proof: the ranges of the cache")
-        told = small_cache.narrow(graphs, draft, folder, self.cached, self.source.tokenizer)
-        self.small_cache = told
+        told = self.small_cache = rounding.run(graphs, draft, folder)
         verdict = job.verdict(self._manifest(job, graphs, folder), folder, expected, "cpu", self._progress)
         _insist(verdict)
         small_cache.check_agreement(verdict.agreement, self.small.agreement)
@@ -335,7 +326,6 @@ class _Export:
         source = self.source
         floats = {value.dtype for model in graphs.values() for value in model.graph.inputs}
         width = NAMES.get(self.dtype, "float32") if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
-        operators = {_operator(node) for model in graphs.values() for node in model.graph.all_nodes()}
         fields = job.fields(width)
         if self.small_cache is not None:
             fields["cache"] = small_cache.as_in_graph(fields["cache"], graphs["decoder"])
@@ -356,7 +346,7 @@ class _Export:
                 source.suppressed,
             ),
             text=self._text(),
-            requires={"onnxruntime": next(v for op, v in LEAST_RUNTIME.items() if op in operators or not op)},
+            requires={"onnxruntime": least_runtime(graphs.values())},
             source=SourceSpec(source.kind, source.reference, {"tfinfer": __version__, **source.versions}, _now()),
             files={p.name: FileSpec(sha256(p) if proof else "", p.stat().st_size) for p in sorted(folder.iterdir())},
             proof=proof or ProofSpec("cpu", (), 0),
@@ -373,14 +363,6 @@ class _Export:
             "generation_config.json" if source.generation_config is not None else None,
             source.special_tokens,
         )
-
-
-def _operator(node: ir.Node) -> str:
-    """The operator of a node, as LEAST_RUNTIME knows it."""
-    if "kv_cache_bit_width" in node.attributes:
-        return SMALL_CACHE
-    past = node.inputs[3] if node.op_type == "GroupQueryAttention" else None
-    return READS_ONLY if past is not None and past.producer() is not None else node.op_type
 
 
 def _graph(name: str, model: ir.Model) -> GraphSpec:

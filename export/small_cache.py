@@ -15,6 +15,7 @@ from tfinfer.session.decoder import Decoder
 from . import graph_files
 from .calibration import CalibrationIds, cache_ranges, random_ids, read_text, write_text
 from .capture import AttentionReport
+from .kinds import Job
 from .passes import small_cache
 
 CACHES = ("float32", "int8")
@@ -52,38 +53,49 @@ def check(asked: Cached, dtype: str, flavor: str, also: Sequence[str]) -> None:
         raise InputError(f"{also[0]} makes the cache itself, in float32: leave the cache so, or leave --also out")
 
 
-def check_graphs(graphs: Mapping[str, ir.Model], attention: Iterable[AttentionReport]) -> None:
-    """Whether some entry can be rounded. Raises InputError where there are none, and says what is there instead."""
-    if set(graphs) != {"decoder"}:
-        kind = "an encoder-decoder" if "decoder" in graphs else "an encoder"
-        raise InputError(f"an int8 cache is for decoders, this is {kind}: leave the cache at float32")
-    if not small_cache.entries(graphs["decoder"].graph):
-        others = dict.fromkeys(f"{a.operator} ({a.pattern})" for a in attention)
-        raise InputError(
-            "an int8 cache needs GroupQueryAttention over keys and values that nothing else fills or reads; this "
-            f"module has {'; '.join(others) or 'states of fixed size'}: leave the cache at float32"
-        )
+class Rounding:
+    """The cache of a decoder's graph, to be rounded when the float32 one has been proved.
+
+    Raises InputError for what has no cache that can be, and for a text that cannot be used, before anything is
+    computed.
+    """
+
+    def __init__(self, job: Job, asked: Cached, tokenizer: bytes | None) -> None:
+        if set(job.graphs) != {"decoder"}:
+            kind = "an encoder-decoder" if "decoder" in job.graphs else "an encoder"
+            raise InputError(f"an int8 cache is for decoders, this is {kind}: leave the cache at float32")
+        self._model = job.graphs["decoder"]
+        self._entries = small_cache.entries(self._model.graph)
+        if not self._entries:
+            raise InputError(_why_none(job.attention))
+        fields = job.fields(WIDE)
+        self._text: CalibrationIds | None = None  # None: what the model writes
+        if asked.calibration is not None:
+            self._text = read_text(asked.calibration, tokenizer, fields["max_length"], fields["vocab_size"])
+
+    def run(self, graphs: Mapping[str, ir.Model], draft: Manifest, folder: Path) -> SmallCacheSpec:
+        """Round it in a folder, whose graphs these are, by the ranges that it shows there."""
+        decoder = Decoder(draft, folder)
+        try:
+            text = self._text or write_text(decoder)
+            words = min(draft.vocab_size, draft.num_logits)
+            pieces = [*text.pieces, *random_ids(words, 1, min(draft.max_length, LONGEST)).pieces]
+            ranges = cache_ranges(decoder, pieces, {entry.past: entry.pairs for entry in self._entries})
+        finally:
+            decoder.close()
+        scales = {past: small_cache.scales_of(HEADROOM * found) for past, found in ranges.items()}
+        small_cache.run(self._model, scales)
+        (folder / graph_files.WEIGHTS).unlink()
+        graph_files.save(graphs, folder)
+        return SmallCacheSpec(8, len(scales), text.origin, kept=len(draft.cache) - len(scales))
 
 
-def narrow(
-    graphs: Mapping[str, ir.Model], draft: Manifest, folder: Path, asked: Cached, tokenizer: bytes | None
-) -> SmallCacheSpec:
-    """Round the cache of the graphs in a folder, which are float32, by ranges that they themselves show."""
-    wanted = small_cache.entries(graphs["decoder"].graph)
-    decoder = Decoder(draft, folder)
-    try:
-        text = _text(decoder, asked.calibration, tokenizer)
-        words = min(draft.vocab_size, draft.num_logits)
-        long = random_ids(words, 1, min(draft.max_length, LONGEST))
-        ranges = cache_ranges(decoder, [*text.pieces, *long.pieces], {entry.past: entry.pairs for entry in wanted})
-    finally:
-        decoder.close()
-    small_cache.run(
-        graphs["decoder"], {past: small_cache.scales_of(HEADROOM * found) for past, found in ranges.items()}
+def _why_none(attention: Iterable[AttentionReport]) -> str:
+    others = dict.fromkeys(f"{a.operator} ({a.pattern})" for a in attention)
+    return (
+        "an int8 cache needs GroupQueryAttention over keys and values that nothing else fills or reads; this module "
+        f"has {'; '.join(others) or 'states of fixed size'}: leave the cache at float32"
     )
-    (folder / graph_files.WEIGHTS).unlink()
-    graph_files.save(graphs, folder)
-    return SmallCacheSpec(8, len(wanted), text.origin, kept=len(draft.cache) - len(wanted))
 
 
 def check_agreement(found: float, wanted: float | None) -> None:
@@ -93,13 +105,6 @@ def check_agreement(found: float, wanted: float | None) -> None:
             f"with an int8 cache {found:.4f} of the proof's first choices are PyTorch's, weights in float32 still, and "
             f"keep_agreement asks for {wanted}: ask for less, or leave the cache at float32"
         )
-
-
-def _text(decoder: Decoder, file: Path | None, tokenizer: bytes | None) -> CalibrationIds:
-    if file is None:
-        return write_text(decoder)
-    manifest = decoder.manifest
-    return read_text(file, tokenizer, manifest.max_length, manifest.vocab_size)
 
 
 def as_in_graph(cache: Sequence[CacheSpec], model: ir.Model) -> tuple[CacheSpec, ...]:
