@@ -40,6 +40,11 @@ class ExportReport:
             for spec in self.manifest.attention
             if spec.reason
         ]
+        small = self.manifest.small_cache
+        if small is not None and small.kept:
+            lines.append(
+                f"{small.kept} of {small.kept + small.entries} cache entries stay float32, where nothing rounds them"
+            )
         length = self.manifest.max_length
         if self.own_length is not None and self.own_length > length:
             lines.append(

@@ -199,6 +199,7 @@ def test_a_decoder_with_a_small_cache_says_what_it_costs_and_goes_on(build, entr
     assert all(verdict.passed for verdict in report.verdicts)
     assert report.manifest.requires == {"onnxruntime": "1.28"}
     assert [entry.dtype for entry in report.manifest.cache].count("int8") == entries
+    assert any("cache entries stay float32" in note for note in report.notes) == bool(kept)
     assert load_manifest(tmp_path / "out") == report.manifest
     with tfinfer.load(tmp_path / "out") as model:
         assert len(model.generate([1, 2, 3], max_tokens=40, stop_ids=[]).token_ids) == 40
