@@ -29,19 +29,18 @@ from tfinfer.manifest import (
     TensorSpec,
     TextSpec,
     TokenIds,
-    WeightsSpec,
 )  # fmt: skip
-from tfinfer.precision import RangeSpec
+from tfinfer.precision import RangeSpec, SmallCacheSpec, WeightsSpec
 from tfinfer.proof import golden
 from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
 
-from . import graph_files, neighbours
+from . import graph_files, neighbours, small_cache
 from .capture import DEFAULT_MAX_LENGTH, Observed
 from .capture.plain import InputSpec, parse_input
+from .choices import Chosen, choose
 from .folder import check_target, new_folder
 from .kinds import Asked, Job, open_job
-from .kinds.choose import KINDS
 from .kinds.job import Progress
 from .memory import give_back
 from .narrow import half_width
@@ -49,27 +48,14 @@ from .operators import layers_of
 from .passes import joined, pipeline
 from .report import ExportReport as ExportReport
 from .report import summarise_attention
-from .small import RECIPES, Shrinking, Small, check
+from .runtimes import least_runtime
+from .small import RECIPES, Shrinking, Small
+from .small_cache import Rounding
 from .sources import Source
 from .sources.source import from_module
 from .verify import check_observed
 
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-FLAVORS = ("ort", "standard")
-# The oldest onnxruntime that computes an operator right, by running folders on 1.20 to 1.31: before 1.28 a ragged step
-# of Attention is wrong, before 1.25 TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
-# Before 1.31 attention over entries that another layer fills is refused or kills the process, by running 1.24 to 1.31.
-READS_ONLY = "GroupQueryAttention that only reads"
-# Norms with a skip sum squares in half width on a GPU, and overflow, until long after 1.24: 1.30 is known not to.
-LEAST_RUNTIME = {
-    READS_ONLY: "1.31",
-    "SkipLayerNormalization": "1.30",
-    "SkipSimplifiedLayerNormalization": "1.30",
-    "Attention": "1.28",
-    "TensorScatter": "1.25",
-    "": "1.24",
-}
 
 
 def export_model(
@@ -93,6 +79,7 @@ def export_model(
     keep_agreement: float | None = None,
     activations: str = "fp32",
     quantiser: str | None = None,
+    cache: str = "float32",
     calibration: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress = lambda stage: None,
@@ -105,7 +92,7 @@ def export_model(
         out: the folder to make; whole or not at all.
         max_length, max_source_length: the longest sequence; by default the module's own, at most 4096.
         dtype: "fp32", "fp16" or "bf16", of weights, cache and most activations; "int8" or "int4": weights by blocks of
-            128 or 64, activations and cache stay float32. All but fp32 for decoders only.
+            128 or 64, activations stay float32. All but fp32 for decoders only.
         flavor: "ort" (GroupQueryAttention where it fits) or "standard" (ONNX operators only, for decoders).
         kind: "decoder", "encoder", "encoder-decoder", or "auto": what the source says, or else its trace shows.
         inputs: of a module that takes something else than ids, as "pixels:float32[batch,3,height,width]".
@@ -118,17 +105,17 @@ def export_model(
             whether to do without zero points, patterns of names of weights that stay float32, and the least share of
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
         activations: of int8 and int4: "fp32", or for CUDA "fp16" or "bf16", of cache and scales too.
-        quantiser, calibration: "rtn" rounds each weight to the nearest number; "gptq", the default of int4, for the
-            inputs that it gets on a text: the model's own, or that of a file, for which a tokenizer is needed.
+        quantiser: "rtn" rounds each weight to the nearest number; "gptq", the default of int4, for the inputs that it
+            gets on a text.
+        cache: "float32" or "int8": keys and values of a decoder rounded to 8 bits, with a scale for each feature.
+        calibration: a file with a text for gptq and for the ranges of an int8 cache, which needs a tokenizer; by
+            default the model writes its own.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
     """
-    _check_choices(dtype, flavor, kind)
-    text = None if calibration is None else Path(calibration)
-    small = Small(block_size, symmetric, tuple(keep), keep_agreement, quantiser, text)
-    check(small, dtype)
-    width = _width(dtype, activations)
+    small = Small(block_size, symmetric, tuple(keep), keep_agreement, quantiser)
+    chosen = choose(dtype, flavor, kind, activations, small, cache, calibration, also)
     check_length("max_length", max_length)
     check_length("max_source_length", max_source_length)
     target = Path(out)
@@ -142,29 +129,7 @@ def export_model(
     asked = Asked(flavor, _longest(source, max_length), max_source_length or source.max_source_length, specs, starts)
     extra = neighbours.check_names(also)
     with torch.autocast("cpu", enabled=False):  # the user's own, around the call
-        return _Export(source, target, dtype, width, small, kind, asked, attention, extra, progress).run(overwrite)
-
-
-def _check_choices(dtype: str, flavor: str, kind: str) -> None:
-    for name, value, known in (("dtype", dtype, DTYPES | RECIPES), ("flavor", flavor, FLAVORS), ("kind", kind, KINDS)):
-        if value not in known:
-            raise InputError(f"unknown {name} {value!r}: expected one of {', '.join(known)}")
-    if flavor == "standard" and dtype in RECIPES:
-        raise InputError(f"{dtype} needs operators that are not ONNX's own: leave the flavor at 'ort'")
-
-
-def _width(dtype: str, activations: str) -> str:
-    """The dtype of activations and cache. Raises InputError for one that does not go with the weights'."""
-    if activations not in DTYPES:
-        raise InputError(f"unknown activations {activations!r}: expected one of {', '.join(DTYPES)}")
-    if dtype in RECIPES:
-        return activations
-    if activations != "fp32":
-        raise InputError(
-            f"activations are for weights of a few bits: give the dtype int8 or int4 with {activations} activations, "
-            f"or the dtype {activations} alone, not {dtype}"
-        )
-    return dtype
+        return _Export(source, target, chosen, kind, asked, attention, extra, progress).run(overwrite)
 
 
 def _bos(source: Source) -> tuple[int, ...]:
@@ -195,11 +160,12 @@ class _Export:
     """One export: what it was asked for, and how long each stage took."""
 
     def __init__(
-        self, source: Source, target: Path, dtype: str, width: str, small: Small, kind: str, asked: Asked,
-        attention: bool, also: Sequence[str], progress: Progress,
+        self, source: Source, target: Path, chosen: Chosen, kind: str, asked: Asked, attention: bool,
+        also: Sequence[str], progress: Progress,
     ) -> None:  # fmt: skip
-        self.source, self.target, self.dtype, self.kind, self.asked = source, target, dtype, kind, asked
-        self.small, self.width = small, width  # width: the dtype of activations and cache
+        self.source, self.target, self.kind, self.asked = source, target, kind, asked
+        self.chosen, self.dtype, self.width = chosen, chosen.dtype, chosen.width
+        self.small_cache: SmallCacheSpec | None = None  # how it was made small
         self.weights: WeightsSpec | None = None  # how they were made small
         self.range: RangeSpec | None = None  # how large the values of an fp16 graph became in float32
         self.attention, self.also = attention, also
@@ -228,6 +194,7 @@ class _Export:
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.width != "fp32")
             shrinking = self._shrinking(job, graphs, folder) if self.dtype in RECIPES else None
+            rounding = self._rounding(job) if self.chosen.cached.dtype == "int8" else None
             self.stage("write")
             give_back(self.source.module)  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
@@ -240,7 +207,7 @@ class _Export:
             draft = self._manifest(job, graphs, folder)
             neighbours.write(self.also, draft, folder)
             self.stage("proof")
-            verdicts, proof = self._prove(job, graphs, draft, folder, shrinking)
+            verdicts, proof = self._prove(job, graphs, draft, folder, rounding, shrinking)
             self.stage("seal")
             manifest = self._manifest(job, graphs, folder, proof)
             (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -259,7 +226,13 @@ class _Export:
 
     # -- proof --------------------------------------------------------------------------------------------------
     def _prove(
-        self, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path, shrinking: Shrinking | None
+        self,
+        job: Job,
+        graphs: dict[str, ir.Model],
+        draft: Manifest,
+        folder: Path,
+        rounding: Rounding | None,
+        shrinking: Shrinking | None,
     ) -> tuple[tuple[Verdict, ...], ProofSpec]:
         """Prove the float32 graphs strictly; then, for a half width, write them and measure what the width costs."""
         expected = job.expect(self._progress)
@@ -270,6 +243,8 @@ class _Export:
         except InputError as error:
             raise ProofError(f"the exported graph does not run; nothing was written: {error}") from error
         _insist(verdicts[0])
+        if rounding is not None:
+            verdicts.append(self._round_cache(rounding, job, graphs, draft, folder, expected))
         if shrinking is not None:
             verdicts.append(self._make_small(shrinking, job, graphs, expected))
         if self.width != "fp32":
@@ -285,9 +260,26 @@ class _Export:
         greedy = last.greedy.identical if last.greedy else 0
         return tuple(verdicts), ProofSpec(last.device, last.measured(), greedy, golden.FILE_NAME, not_run)
 
+    def _round_cache(
+        self, rounding: Rounding, job: Job, graphs: dict[str, ir.Model], draft: Manifest, folder: Path,
+        expected: golden.Golden,
+    ) -> Verdict:  # fmt: skip
+        """A cache of 8 bits, in the folder and in `graphs`; what they compute, before weights are made small."""
+        self._progress("proof: the ranges of the cache")
+        told = self.small_cache = rounding.run(graphs, draft, folder)
+        verdict = job.verdict(self._manifest(job, graphs, folder), folder, expected, "cpu", self._progress)
+        _insist(verdict)
+        small_cache.check_agreement(verdict.agreement, self.chosen.small.agreement)
+        self.small_cache = replace(told, agreement=round(verdict.agreement, 4))
+        return verdict
+
+    def _rounding(self, job: Job) -> Rounding:
+        """What makes the cache small, once the float32 graphs are proved."""
+        return Rounding(job, self.chosen.cached, self.source.tokenizer)
+
     def _shrinking(self, job: Job, graphs: dict[str, ir.Model], folder: Path) -> Shrinking:
         """What makes the weights small, once the float32 graphs are proved."""
-        shrinking, fields = Shrinking(graphs, folder, self.small, self.dtype), job.fields("float32")
+        shrinking, fields = Shrinking(graphs, folder, self.chosen.small, self.dtype), job.fields("float32")
         shrinking.read(self.source.tokenizer, fields["max_length"], fields["vocab_size"])
         return shrinking
 
@@ -342,14 +334,16 @@ class _Export:
         source = self.source
         floats = {value.dtype for model in graphs.values() for value in model.graph.inputs}
         width = NAMES[self.width] if floats & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16} else "float32"
-        operators = {_operator(node) for model in graphs.values() for node in model.graph.all_nodes()}
         fields = job.fields(width)
+        if self.small_cache is not None:
+            fields["cache"] = small_cache.as_in_graph(fields["cache"], graphs["decoder"])
         return Manifest(
             format_version=FORMAT_VERSION,
             graphs={name: _graph(name, model) for name, model in graphs.items()},
             dtype=width,
             weights=self.weights,
             range=self.range,
+            small_cache=self.small_cache,
             flavor=self.asked.flavor,
             attention=summarise_attention(job.attention),
             token_ids=TokenIds(
@@ -361,7 +355,7 @@ class _Export:
                 source.suppressed,
             ),
             text=self._text(),
-            requires={"onnxruntime": next(v for op, v in LEAST_RUNTIME.items() if op in operators or not op)},
+            requires={"onnxruntime": least_runtime(graphs.values())},
             source=SourceSpec(source.kind, source.reference, {"tfinfer": __version__, **source.versions}, _now()),
             files={p.name: FileSpec(sha256(p) if proof else "", p.stat().st_size) for p in sorted(folder.iterdir())},
             proof=proof or ProofSpec("cpu", (), 0),
@@ -378,12 +372,6 @@ class _Export:
             "generation_config.json" if source.generation_config is not None else None,
             source.special_tokens,
         )
-
-
-def _operator(node: ir.Node) -> str:
-    """The operator of a node, as LEAST_RUNTIME knows it."""
-    past = node.inputs[3] if node.op_type == "GroupQueryAttention" else None
-    return READS_ONLY if past is not None and past.producer() is not None else node.op_type
 
 
 def _graph(name: str, model: ir.Model) -> GraphSpec:

@@ -46,6 +46,11 @@ class ExportReport:
                 f"{found.kept} operators stay float32: values of up to {found.largest:,.4g} were met in {found.tokens} "
                 f"tokens of {found.origin}, and fp16 holds 65,504: --dtype bf16 holds them all"
             )
+        small = self.manifest.small_cache
+        if small is not None and small.kept:
+            lines.append(
+                f"{small.kept} of {small.kept + small.entries} cache entries stay float32, where nothing rounds them"
+            )
         length = self.manifest.max_length
         if self.own_length is not None and self.own_length > length:
             lines.append(

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from tfinfer.errors import InputError
-from tfinfer.manifest import Manifest, WeightsSpec
+from tfinfer.manifest import Manifest
+from tfinfer.precision import WeightsSpec
 from tfinfer.proof.prove import Verdict
 
 from . import graph_files
@@ -75,13 +76,14 @@ def check(small: Small, dtype: str) -> None:
         raise InputError(f"unknown quantiser {small.quantiser!r}: expected one of {', '.join(QUANTISERS)}")
     if small != Small() and dtype not in RECIPES:
         raise InputError(
-            "block sizes, zero points, kept weights, agreements, quantisers and calibration texts are for weights of a "
-            f"few bits: give the dtype int8 or int4, not {dtype}"
+            "block sizes, zero points, kept weights, agreements and quantisers are for weights of a few bits; so is a "
+            f"calibration text without an int8 cache: give the dtype int8 or int4, not {dtype}"
         )
     if small.calibration is not None and small.quantiser_of(dtype) == "rtn":
         why = "was asked for" if small.quantiser else f"is what {dtype} takes by itself"
         raise InputError(
-            f"a calibration text is for the quantiser gptq, but rtn {why}: give quantiser gptq, or leave the text out"
+            f"a calibration text is for the quantiser gptq, but rtn {why}: give quantiser gptq or an int8 cache, or "
+            "leave the text out"
         )
 
 

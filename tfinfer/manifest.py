@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tfinfer.errors import IncompatibleModelError, ManifestError
-from tfinfer.precision import RangeSpec
+from tfinfer.precision import RangeSpec, SmallCacheSpec, WeightsSpec
 
 FILE_NAME = "tfinfer.json"
 FORMAT_VERSION = 2
@@ -26,7 +26,7 @@ KINDS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder-decoder": ("
 CACHE_MODES = ("in place", "concatenated")
 ADOPTED = "adopted"  # the kind of source of a folder that another exporter made
 POOLINGS = ("mean", "cls", "last", "none")
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "bool")
 
 
 @dataclass(frozen=True)
@@ -218,28 +218,6 @@ class ProofSpec:
 
 
 @dataclass(frozen=True)
-class WeightsSpec:
-    """How the weights were made small, and what that costs.
-
-    agreement: share of the proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices
-    have 8 bits in place of `bits`, and how many are as wide as they were. quantiser: "rtn", each number to its
-    nearest, or "gptq", for the inputs that the matrices get on a text: calibration says which, of so many tokens.
-    """
-
-    bits: int
-    head_bits: int
-    block_size: int
-    symmetric: bool
-    matrices: int
-    agreement: float = 0.0
-    wider: int = 0
-    kept: int = 0
-    quantiser: str = "rtn"
-    calibration: str | None = None
-    calibration_tokens: int = 0
-
-
-@dataclass(frozen=True)
 class Manifest:
     """All that the runtime knows of a folder."""
 
@@ -272,6 +250,7 @@ class Manifest:
     cache_mode: str = "in place"
     weights: WeightsSpec | None = None  # None where they are as wide as `dtype` says
     range: RangeSpec | None = None  # of float16
+    small_cache: SmallCacheSpec | None = None  # None where its entries are as wide as `dtype` says
     appends_one: bool = False  # whether a cache that holds something takes one more position at a time
 
     def __post_init__(self) -> None:
@@ -294,6 +273,8 @@ class Manifest:
         for entry in self.cache:
             check(min(entry.num_kv_heads, entry.head_dim) > 0, f"cache entry {entry.past!r} has no size")
             check(entry.dtype in DTYPES, f"cache entry {entry.past!r} has the unknown dtype {entry.dtype!r}")
+        small = any(entry.dtype == "int8" for entry in self.cache)
+        check(small or self.small_cache is None, "small_cache without a cache entry of int8")
         for state in self.states:
             check(min(state.shape, default=1) > 0, f"state {state.past!r} has no size")
             check(state.dtype in DTYPES, f"state {state.past!r} has the unknown dtype {state.dtype!r}")

@@ -1,4 +1,4 @@
-"""What is known of a half-width graph's numbers; part of the manifest."""
+"""How a graph's numbers were made narrow, and what is known of them; part of the manifest."""
 
 from __future__ import annotations
 
@@ -18,3 +18,40 @@ class RangeSpec:
     kept: int
     tokens: int
     origin: str  # of the text
+
+
+@dataclass(frozen=True)
+class WeightsSpec:
+    """How the weights were made small, and what that costs.
+
+    agreement: share of the proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices
+    have 8 bits in place of `bits`, and how many are as wide as they were. quantiser: "rtn", each number to its
+    nearest, or "gptq", for the inputs that the matrices get on a text: calibration says which, of so many tokens.
+    """
+
+    bits: int
+    head_bits: int
+    block_size: int
+    symmetric: bool
+    matrices: int
+    agreement: float = 0.0
+    wider: int = 0
+    kept: int = 0
+    quantiser: str = "rtn"
+    calibration: str | None = None
+    calibration_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SmallCacheSpec:
+    """How entries of the cache were made small, and what that costs.
+
+    entries: how many have `bits`; kept: how many are as wide as they were. calibration: the text that their ranges are
+    from, for people. agreement: share of the proof's rows whose first choice is still PyTorch's, by the cache alone.
+    """
+
+    bits: int
+    entries: int
+    calibration: str
+    kept: int = 0
+    agreement: float = 0.0

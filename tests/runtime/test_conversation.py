@@ -144,7 +144,7 @@ def test_a_stop_id_is_not_among_the_ids_but_what_stands_before_a_stop_string_is(
 
 
 # -- real graphs ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("folder", ["tiny", "tiny_states"])
+@pytest.mark.parametrize("folder", ["tiny", "tiny_states", "tiny_cache8"])
 def test_turns_give_what_the_whole_gives(folder):
     with tfinfer.load(HERE / folder, threads=1) as model:
         chat, ids = model.conversation(), []

@@ -10,7 +10,8 @@ import pytest
 
 import tfinfer
 from tfinfer.errors import ClosedError, InputError, LengthError
-from tfinfer.manifest import WeightsSpec, load_manifest
+from tfinfer.manifest import load_manifest
+from tfinfer.precision import WeightsSpec
 from tfinfer.proof.prove import verify_folder
 from tfinfer.session.decoder import without_cuda
 

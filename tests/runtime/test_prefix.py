@@ -23,9 +23,9 @@ ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny_states", "tiny_foreign"])
+@pytest.fixture(scope="module", params=["tiny", "tiny_states", "tiny_cache8", "tiny_foreign"])
 def loaded(request, tmp_path_factory):
-    """Positions; positions and states; a graph that concatenates, as another exporter writes it."""
+    """Positions; with states; of two widths; and a graph that concatenates, as another exporter writes it."""
     folder = HERE / request.param
     if request.param == "tiny_foreign":
         folder = Path(shutil.copytree(folder, tmp_path_factory.mktemp("adopted") / "foreign"))

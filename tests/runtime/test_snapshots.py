@@ -45,7 +45,7 @@ def rewritten(path, **changes):
 
 
 # -- round trips ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["tiny", "tiny_states", "tiny_foreign"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_states", "tiny_cache8", "tiny_foreign"])
 def test_what_was_saved_goes_on_in_another_session(name, tmp_path):
     folder = Path(shutil.copytree(HERE / name, tmp_path / "folder"))
     if name == "tiny_foreign":
@@ -65,7 +65,8 @@ def test_what_was_saved_goes_on_in_another_session(name, tmp_path):
 
 
 specs = st.lists(
-    st.tuples(st.integers(1, 3), st.integers(1, 5), st.sampled_from(["float32", "float16", "bfloat16"])), max_size=3
+    st.tuples(st.integers(1, 3), st.integers(1, 5), st.sampled_from(["float32", "float16", "bfloat16", "int8"])),
+    max_size=3,
 )
 
 

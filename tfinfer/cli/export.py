@@ -73,10 +73,17 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     help="int8, int4: round to the nearest, or for the inputs on a text; default: gptq for int4, rtn for int8.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of a decoder's keys and values; int8: a quarter of the memory.",
+)
+@click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A plain text for gptq; default: what the model itself writes.",
+    help="A plain text for gptq and for the ranges of an int8 cache; default: what the model itself writes.",
 )
 @click.option(
     "--flavor", type=click.Choice(FLAVORS), default="ort", show_default=True, help="standard: no contrib operators."

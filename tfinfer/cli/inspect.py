@@ -17,7 +17,7 @@ from tfinfer.cli.console import many, say_json, size, table
 if TYPE_CHECKING:
     from tfinfer.manifest import Manifest, TensorSpec
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
 
 @click.command("inspect")
@@ -122,7 +122,7 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             shape += f", {small.wider} of them wider in int8, {small.kept} in float32"
         if small.calibration is not None:
             shape += f", {small.quantiser} on {many(small.calibration_tokens, 'token')} of {small.calibration}"
-        yield "weights", f"{shape}; {small.agreement:.1%} of the proof's first choices are PyTorch's"
+        yield "weights", f"{shape}; {_first_choices(small.agreement)}"
     if (found := manifest.range) is not None:
         operators = f"{many(found.kept, 'operator')} float32 for values above {found.limit:,.0f}"
         yield "range", f"up to {found.largest:,.4g} in {many(found.tokens, 'token')} of {found.origin}; {operators}"
@@ -134,6 +134,10 @@ def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "window", f"the cache may forget what is more than {many(manifest.keeps_window, 'position')} back"
     if manifest.kind == "encoder":
         yield "pooling", _pooling(manifest)
+
+
+def _first_choices(agreement: float) -> str:
+    return f"{agreement:.1%} of the proof's first choices are PyTorch's"
 
 
 def _pooling(manifest: Manifest) -> str:
@@ -182,6 +186,9 @@ def _memory_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.cache:
         whole = size(sizes["bytes_at_max_length"])
         yield "cache", f"{sizes['bytes_per_token']} bytes per token, {whole} at {manifest.max_length} tokens"
+    if (small := manifest.small_cache) is not None:
+        wide = f", {many(small.kept, 'buffer')} as wide as before" if small.kept else ""
+        yield "cache", f"ranges from {small.calibration}{wide}; {_first_choices(small.agreement)}"
     alike = Counter((state.shape, state.dtype) for state in manifest.states)
     for (shape, dtype), number in alike.items():
         yield "states", f"{many(number, 'state')} of ({', '.join(map(str, shape))}), {dtype}"

@@ -15,7 +15,7 @@ from tfinfer.manifest import Manifest
 
 # Operators that read a row of these inputs for each id, not all of them.
 _BY_ROW = {"Gather": (0,), "GatherBlockQuantized": (0, 2, 3)}
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 # A concatenating graph reads the past, writes the present and reads that again.
 _PASSES = {"in place": 1, "concatenated": 3}
 

@@ -14,9 +14,9 @@ Wide = npt.NDArray[np.float64]
 # float32 against PyTorch's float32: two orders of the same sums. Measured on tens of families: 1e-7 to 1e-5.
 ABSOLUTE, RELATIVE = 1e-4, 1e-4
 # float16 and bfloat16 against float32: the direction must stay, single logits may move. 1 - cosine.
-# Weights of a few bits do damage, which is measured; beyond these bounds something is broken.
-COSINE = {"float16": 1e-3, "bfloat16": 1e-3, "int8": 0.02, "int4": 0.3}
-ROUGH = ("int8", "int4")
+# Weights and caches of a few bits do damage, which is measured; beyond these bounds something is broken.
+COSINE = {"float16": 1e-3, "bfloat16": 1e-3, "int8 cache": 0.02, "int8": 0.02, "int4": 0.3}
+ROUGH = ("int8 cache", "int8", "int4")
 # A token that differs must be among the other side's best few (as vLLM's tests have it).
 NEAR_TOP = 5
 

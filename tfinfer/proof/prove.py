@@ -119,9 +119,11 @@ def reference_of(manifest: Manifest) -> str:
 
 
 def compared_as(manifest: Manifest) -> str:
-    """The dtype by whose measure a folder is proved: that of its weights where these are of a few bits."""
+    """The dtype by whose measure a folder is proved: that of its weights or its cache where these are of a few bits."""
     if manifest.weights is not None:
         return f"int{manifest.weights.bits}"
+    if manifest.small_cache is not None:
+        return f"int{manifest.small_cache.bits} cache"
     return manifest.dtype if manifest.proof.strict or manifest.dtype != "float32" else "float16"
 
 

@@ -1,0 +1,37 @@
+"""The oldest onnxruntime that computes a graph right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+# Of each operator, by running folders on 1.20 to 1.31: before 1.28 a ragged step of Attention is wrong, before 1.25
+# TensorScatter has no kernel, before 1.24 GroupQueryAttention's window is one off.
+# Before 1.31 attention over entries that another layer fills is refused or kills the process, by running 1.24 to 1.31.
+# Before 1.28 a ragged step over a cache of 8 bits is wrong, before 1.27 there is none, by running 1.26 to 1.31.
+READS_ONLY, SMALL_CACHE = "GroupQueryAttention that only reads", "GroupQueryAttention over 8 bits"
+# Norms with a skip sum squares in half width on a GPU, and overflow, until long after 1.24: 1.30 is known not to.
+LEAST_RUNTIME = {
+    READS_ONLY: "1.31",
+    "SkipLayerNormalization": "1.30",
+    "SkipSimplifiedLayerNormalization": "1.30",
+    "Attention": "1.28",
+    SMALL_CACHE: "1.28",
+    "TensorScatter": "1.25",
+    "": "1.24",
+}
+
+
+def least_runtime(models: Iterable[ir.Model]) -> str:
+    """The version that all operators of some graphs need."""
+    operators = {_operator(node) for model in models for node in model.graph.all_nodes()}
+    return next(version for operator, version in LEAST_RUNTIME.items() if operator in operators or not operator)
+
+
+def _operator(node: ir.Node) -> str:
+    """The operator of a node, as LEAST_RUNTIME knows it."""
+    if "kv_cache_bit_width" in node.attributes:
+        return SMALL_CACHE
+    past = node.inputs[3] if node.op_type == "GroupQueryAttention" else None
+    return READS_ONLY if past is not None and past.producer() is not None else node.op_type
