@@ -255,10 +255,11 @@ def test_ranges_are_of_a_users_own_text(tmp_path):
     [
         ({"cache": "int4"}, "unknown cache 'int4': expected one of float32, int8"),
         ({"cache": "int8", "flavor": "standard"}, "leave the flavor at 'ort'"),
-        ({"cache": "int8", "dtype": "fp16"}, "give the dtype fp32, int8 or int4, not fp16"),
-        ({"cache": "int8", "dtype": "bf16"}, "not bf16"),
+        ({"cache": "int8", "dtype": "fp16"}, "no activations in fp16"),
+        ({"cache": "int8", "dtype": "bf16"}, "no activations in bf16"),
+        ({"cache": "int8", "dtype": "int4", "activations": "fp16"}, "no activations in fp16"),
         ({"cache": "int8", "also": ["genai"]}, "genai makes the cache itself"),
-        ({"calibration": "x.txt"}, "give the cache int8"),
+        ({"calibration": "x.txt"}, "without an int8 cache: give the dtype"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_captured(options, words, tmp_path):
