@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+PAUSE = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,19 @@ def open_all(
 
 
 def measure(workers: Sequence[Worker], ids: list[int], new: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Every system once per round, after a round that does not count; one that fails is left out from then on."""
+    """Every system once per round, after a round that does not count; one that fails is left out from then on.
+
+    The order changes from round to round, and each waits until the threads of the one before sleep: who follows a
+    system whose threads spin on would be slower for it.
+    """
     found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
+    order, shuffled = list(workers), random.Random(0)
     for number in range(rounds + 1):
-        for worker in workers:
+        shuffled.shuffle(order)
+        for worker in order:
             if worker.name not in found:
                 continue
+            time.sleep(PAUSE)
             answer = worker.ask(ids, new)
             if "failed" in answer:
                 print(f"{worker.name}: {answer['failed']}")
@@ -93,3 +103,9 @@ def measure(workers: Sequence[Worker], ids: list[int], new: int, rounds: int) ->
             elif number:
                 found[worker.name].append(answer)
     return found
+
+
+def joined(found: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """The rounds of several openings behind one another, of the systems that were there in all of them."""
+    lasting = [name for name in found[0] if all(name in rounds for rounds in found)]
+    return {name: [one for rounds in found for one in rounds[name]] for name in lasting}

@@ -2,9 +2,9 @@
 
     python benchmarks/seq2seq.py --bits 32 8 --beams 1 4 --source 128 --new 64 --rounds 5
 
-Every system runs in a process of its own and is asked for one source after the other, in turns; each decodes exactly
-`--new` tokens. Times are of whole requests, the encoder included. Printed: the median, and the ratio to tfinfer in the
-same round (lowest to highest; above 1 tfinfer is faster), and how many tokens are as tfinfer's.
+Every system runs in a process of its own and is asked for one source after the other, in turns that change; each
+decodes exactly `--new` tokens. Times are of whole requests, the encoder included. Printed: the median, and the ratio to
+tfinfer in the same round (lowest to highest; above 1 tfinfer is faster), and how many tokens are as tfinfer's.
 """
 
 from __future__ import annotations
