@@ -301,3 +301,27 @@ def test_on_a_device():
     assert not memory.read(new)[:, :, 3:].any()
     memory.zero(new.pointer, 80)
     assert not memory.read(new)[0, 0].any()
+
+
+PARTS = [((2, 3), "float32"), ((5,), "int8"), ((0, 4), "float16"), ((3, 1), "bfloat16"), ((7,), "int64")]
+
+
+def test_buffers_made_together_lie_in_one_block_and_apart_from_each_other():
+    memory = HostMemory()
+    found = memory.allocate_all(PARTS)
+    for buffer, (shape, dtype) in zip(found, PARTS, strict=True):
+        assert (buffer.shape, buffer.dtype) == (shape, dtype)
+        assert buffer.pointer % 64 == 0
+        assert buffer.owner.ctypes.data == buffer.pointer or not buffer.nbytes
+        assert not memory.read(buffer).any()
+    for number, buffer in enumerate(found, 1):
+        ctypes.memset(buffer.pointer, number, buffer.nbytes)
+    for number, buffer in enumerate(found, 1):
+        assert set(ctypes.string_at(buffer.pointer, buffer.nbytes)) <= {number}
+    assert found[-1].pointer - found[0].pointer < 64 * len(PARTS)
+    assert memory.allocate_all([]) == []
+
+
+def test_a_block_that_does_not_fit_is_told():
+    with pytest.raises(ProviderError, match="no memory"):
+        HostMemory().allocate_all([((1 << 61,), "float32")] * 2)

@@ -6,9 +6,10 @@ the bytes mean, nor of graphs and slots. Everything here is finished when it ret
 
 import contextlib
 import ctypes
+import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ ELEMENT_TYPES = {
     "bfloat16": 16,
 }
 
+Part = tuple[tuple[int, ...], str]  # a shape and a dtype
+LINE = 64  # bytes that are read at once; where a buffer begins
 _CUDART = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.dll", "cudart64_12.dll")
 _ANY_TO_ANY = 4  # cudaMemcpyDefault: the pointers say where they lie, so host buffers can be copied in and out
 
@@ -61,6 +64,21 @@ class HostMemory:
         except (MemoryError, ValueError) as cause:  # ValueError: more bytes than addresses
             raise ProviderError(f"cpu: no memory for {nbytes} bytes, {dtype} {shape}") from cause
         return Buffer(owner.ctypes.data, tuple(shape), dtype, nbytes, owner)
+
+    def allocate_all(self, parts: Sequence[Part]) -> list[Buffer]:
+        """Make buffers of zeros next to each other, which together are large enough for the system's large pages.
+
+        A step reads all of a cache, and finding as many small pages costs it: behind 1,024 positions steps are 1.05
+        times as fast (1.01 to 1.13), behind 4,096 1.08 times (0.91 to 1.16), 4-bit weights of 135 M parameters.
+        """
+        sizes = [math.prod(shape) * stored(dtype).itemsize for shape, dtype in parts]
+        ends = list(itertools.accumulate(-(-size // LINE) * LINE for size in sizes))
+        block = self.allocate((LINE + (ends[-1] if ends else 0),), "uint8")
+        first, found = -block.pointer % LINE, []
+        for (shape, dtype), size, start in zip(parts, sizes, (0, *ends)):
+            owner = np.asarray(block.owner)[first + start :][:size].view(stored(dtype)).reshape(shape)
+            found.append(Buffer(block.pointer + first + start, tuple(shape), dtype, size, owner))
+        return found
 
     def copy(self, dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
         """Copy `nbytes` bytes; the two places may overlap."""
@@ -133,6 +151,10 @@ class CudaMemory:
         buffer = Buffer(int(owner.data_ptr()), tuple(shape), dtype, nbytes, owner)
         self.zero(buffer.pointer, nbytes)
         return buffer
+
+    def allocate_all(self, parts: Sequence[Part]) -> list[Buffer]:
+        """Make buffers of zeros."""
+        return [self.allocate(shape, dtype) for shape, dtype in parts]
 
     def copy(self, dst: Buffer, dst_offset: int, src: Buffer, src_offset: int, nbytes: int) -> None:
         """Copy `nbytes` bytes between places that do not overlap; one of the two buffers may lie on the host."""

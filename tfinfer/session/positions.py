@@ -12,7 +12,7 @@ import numpy as np
 
 from tfinfer.manifest import CacheSpec
 from tfinfer.session.fixed import Bytes
-from tfinfer.session.memory import Buffer, CudaMemory, HostMemory
+from tfinfer.session.memory import Buffer, CudaMemory, HostMemory, Part
 
 
 class PositionRows:
@@ -20,10 +20,14 @@ class PositionRows:
 
     def __init__(self, specs: Sequence[CacheSpec], memory: HostMemory | CudaMemory, slots: int, capacity: int) -> None:
         self.specs, self.memory, self.slots, self.capacity = specs, memory, slots, capacity
-        self.buffers = [self._allocate(spec, slots, capacity) for spec in specs]
+        self.buffers = self._allocate(capacity)
 
-    def _allocate(self, spec: CacheSpec, slots: int, capacity: int) -> Buffer:
-        return self.memory.allocate((slots, spec.num_kv_heads, capacity, spec.head_dim), spec.dtype)
+    def _allocate(self, capacity: int) -> list[Buffer]:
+        return self.memory.allocate_all([_part(spec, self.slots, capacity) for spec in self.specs])
+
+    def _spare(self, spec: CacheSpec, positions: int) -> Buffer:
+        """Room for some positions of one row."""
+        return self.memory.allocate(*_part(spec, 1, positions))
 
     def _each(self) -> Iterator[tuple[CacheSpec, Buffer, int, int]]:
         """Of every entry: what it is, its buffer, the bytes of one head of one row and of one position of a head."""
@@ -57,7 +61,7 @@ class PositionRows:
         for spec, buffer, head, position in self._each():
             width, row = end * position, head * spec.num_kv_heads
             first, second = buffer.pointer + one * row, buffer.pointer + other * row
-            spare = self._allocate(spec, 1, end)
+            spare = self._spare(spec, end)
             self.memory.copy_2d(spare.pointer, width, first, head, width, spec.num_kv_heads)
             self.memory.copy_2d(first, head, second, head, width, spec.num_kv_heads)
             self.memory.copy_2d(second, head, spare.pointer, width, width, spec.num_kv_heads)
@@ -67,18 +71,16 @@ class PositionRows:
         """Move the `kept` positions that lie behind the first `gone` of a row to its front."""
         for spec, buffer, head, position in self._each():
             width, first = kept * position, buffer.pointer + row * head * spec.num_kv_heads
-            spare = self._allocate(spec, 1, kept)  # the two places may overlap
+            spare = self._spare(spec, kept)  # the two places may overlap
             self.memory.copy_2d(spare.pointer, width, first + gone * position, head, width, spec.num_kv_heads)
             self.memory.copy_2d(first, head, spare.pointer, width, width, spec.num_kv_heads)
 
     def widen(self, capacity: int) -> None:
         """Move all rows into buffers of `capacity` positions."""
-        grown = []
-        for spec, old, width, position in self._each():
-            new = self._allocate(spec, self.slots, capacity)
+        grown = self._allocate(capacity)
+        for (spec, old, width, position), new in zip(self._each(), grown):
             pitch = capacity * position
             self.memory.copy_2d(new.pointer, pitch, old.pointer, width, width, self.slots * spec.num_kv_heads)
-            grown.append(new)
         self.buffers, self.capacity = grown, capacity
 
     def read(self, row: int, end: int) -> list[Bytes]:
@@ -99,3 +101,7 @@ class PositionRows:
             assert width <= head, (width, head)
             first = buffer.pointer + row * head * spec.num_kv_heads
             self.memory.copy_2d(first, head, held.ctypes.data, width, width, spec.num_kv_heads)
+
+
+def _part(spec: CacheSpec, slots: int, capacity: int) -> Part:
+    return (slots, spec.num_kv_heads, capacity, spec.head_dim), spec.dtype
