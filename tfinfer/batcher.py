@@ -138,7 +138,8 @@ class Batcher:
         why = "the batcher was closed: make another one"
         while self._take(loop):
             try:
-                outcomes = loop.advance()
+                for row, outcome in loop.advance():
+                    row.to.put((row, outcome, time.perf_counter()))
             except Exception as error:  # of any kind: nobody may wait for ever
                 self._refuse([*loop.rows, *loop.waiting], error)
                 loop.cache.close()  # what it holds may be half written, or not finite
@@ -147,10 +148,6 @@ class Batcher:
                 except Exception as failure:
                     why = f"the batcher ended, for its cache does not open again: {failure!r}: make another one"
                     break
-                continue
-            now = time.perf_counter()
-            for row, outcome in outcomes:
-                row.to.put((row, outcome, now))
         self._leave([*loop.rows, *loop.waiting], ClosedError(why))
         loop.cache.close()
 

@@ -168,6 +168,28 @@ def test_a_step_that_fails_is_told_to_all_and_the_next_call_works(remembering):
         assert batcher.generate([1], max_tokens=3, stop_ids=[]).token_ids == greedy("positions", [1], 3)
 
 
+def test_who_is_done_before_a_step_fails_gets_what_it_asked_for(remembering):
+    model = remembering("positions")
+    prefill, step, broken = model.decoder.prefill, model.decoder.step, []
+
+    def prefills(cache, slot, ids):
+        broken.extend([True] * (list(ids) == [2]))  # the very next step, in which this prompt takes no part
+        return prefill(cache, slot, ids)
+
+    def steps(cache, slots, ids):
+        if broken:
+            raise RuntimeError("broken")
+        return step(cache, slots, ids)
+
+    model.decoder.prefill, model.decoder.step = prefills, steps
+    with model.batcher(2) as batcher:
+        stream = batcher.stream([1], max_tokens=300, stop_ids=[])
+        next(stream)
+        assert batcher.generate([2], max_tokens=1, stop_ids=[]).token_ids == greedy("positions", [2], 1)
+        with pytest.raises(TfinferError, match="broken"):
+            list(stream)
+
+
 def test_a_cache_that_cannot_be_opened_again_ends_the_batcher_for_all(remembering):
     model = remembering("positions")
     batcher, told = model.batcher(1), []

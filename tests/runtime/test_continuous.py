@@ -81,11 +81,11 @@ def test_between_two_steps_of_the_others_there_is_one_piece_of_a_prompt_that_joi
     decoder = Noting()
     loop = loop_of(decoder)
     loop.add(row([1], max_tokens=9))
-    loop.advance()
+    list(loop.advance())
     decoder.calls.clear()
     loop.add(row([0, 1, 2, 0, 1]))
     for _ in range(3):
-        loop.advance()
+        list(loop.advance())
     assert decoder.calls == [("piece", 2), ("step", 1), ("piece", 2), ("step", 1), ("piece", 1), ("step", 2)]
 
 
@@ -102,10 +102,10 @@ def test_a_beginning_that_a_live_slot_holds_is_not_run_again():
     loop = loop_of(decoder, seated, piece=64)
     first, second = row([*shared, 0], max_tokens=20), row([*shared, 2, 2])
     loop.add(first)
-    loop.advance()
+    list(loop.advance())
     decoder.calls.clear()
     loop.add(second)
-    loop.advance()
+    list(loop.advance())
     assert (decoder.calls[0], second.reused) == (("piece", 2), 40)
     assert ids_of(drain(loop)[second])[-1] == greedy("positions", second.prompt, 3)[-1]
 
@@ -114,7 +114,7 @@ def test_a_prompt_that_a_live_slot_holds_whole_still_runs_its_last_id():
     loop, prompt = loop_of(Remembering("positions", VOCAB), seated, piece=64), [1, 2] * 20
     rows = [row(prompt, max_tokens=20), row(prompt)]
     loop.add(rows[0])
-    loop.advance()
+    list(loop.advance())
     loop.add(rows[1])
     assert ids_of(drain(loop)[rows[1]]) == greedy("positions", prompt, 3)
     assert rows[1].reused == len(prompt) - 1
@@ -124,7 +124,7 @@ def test_states_are_taken_up_where_an_earlier_prompt_ended_and_not_out_of_a_live
     loop, prompt = loop_of(Remembering("states", VOCAB), seated, piece=64), [1, 2] * 20
     first, beside, later = row(prompt, max_tokens=20), row([*prompt, 0]), row([*prompt, 2])
     loop.add(first)
-    loop.advance()
+    list(loop.advance())
     loop.add(beside)
     found = drain(loop)
     loop.add(later)
@@ -149,7 +149,7 @@ def test_a_prompt_can_be_ended_anywhere_and_twice():
     running, waiting = row([1], max_tokens=50), row([2], max_tokens=50)
     loop.add(running)
     loop.add(waiting)
-    loop.advance()
+    list(loop.advance())
     for one in (running, waiting, waiting):
         loop.finish(one)
     assert loop.idle
@@ -224,7 +224,7 @@ def test_one_row_of_a_step_without_finite_logits_does_not_stop_the_others():
     for one in rows:
         loop.add(one)
     for _ in range(2):
-        loop.advance()
+        list(loop.advance())
     step = decoder.step
     decoder.step = lambda cache, slots, ids: step(cache, slots, ids) * np.array([[np.nan], [1]], np.float32)
     outcomes = dict(loop.advance())
@@ -238,4 +238,4 @@ def test_a_step_that_fails_is_raised():
     loop.add(row([1]))
     decoder.fails = 1
     with pytest.raises(RuntimeError, match="broken"):
-        loop.advance()
+        list(loop.advance())

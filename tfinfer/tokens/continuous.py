@@ -52,7 +52,7 @@ Outcome = tuple[Row, Token | TfinferError]  # an error is the last of its row
 
 @dataclass
 class Continuous:
-    """A loop over the slots of one cache. `add` a prompt at any time, then call `advance` until `idle`.
+    """A loop over the slots of one cache. `add` a prompt at any time, and `advance` until `idle`.
 
     piece: how many ids of a prompt are run at once. seat: where a prompt begins.
     """
@@ -81,19 +81,18 @@ class Continuous:
         elif row in self.waiting:
             self.waiting.remove(row)
 
-    def advance(self) -> list[Outcome]:
+    def advance(self) -> Iterator[Outcome]:
         """One piece of the prompt that joined first of those not read yet, then a step of all that are.
 
-        What fails for one prompt is its outcome. Raises what a step raises: then all rows are lost, and the cache.
+        Runs as it is iterated over. What fails for one prompt is its outcome. Raises what a step raises: then all rows
+        are lost, and the cache.
         """
         self._join()
-        found = list(self._read_a_piece())
+        yield from self._read_a_piece()
         ready = sorted((row for row in self.rows if row.next_id is not None), key=lambda row: self.cache.row(row.slot))
         if ready:
             ids = np.array([row.next_id for row in ready], np.int64)
-            logits = self.decoder.step(self.cache, [row.slot for row in ready], ids)
-            found += self._chosen(ready, logits)
-        return found
+            yield from self._chosen(ready, self.decoder.step(self.cache, [row.slot for row in ready], ids))
 
     def _join(self) -> None:
         while self.waiting and len(self.rows) < self.cache.slots:
