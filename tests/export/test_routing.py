@@ -164,9 +164,7 @@ FAMILIES = [
     "qwen2_moe",
     "granitemoe",
     "phimoe",
-    "glm4_moe",
-    "ernie4_5_moe",
-    "afmoe",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm4_moe", "ernie4_5_moe", "afmoe")),
 ]
 
 
