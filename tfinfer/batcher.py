@@ -6,13 +6,13 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
+from tfinfer.closing import Closing
 from tfinfer.completion import Chunk, Growing, telling
 from tfinfer.errors import ClosedError, InputError, TfinferError
 from tfinfer.request import Options, Request
-from tfinfer.session.prefix import WORTH, common, matches
+from tfinfer.session.prefix import seat_beside
 from tfinfer.tokens.continuous import Continuous, Row
 from tfinfer.tokens.generate import Token
 
@@ -26,7 +26,7 @@ AT_ONCE = 8  # tokens of a prompt that a graph takes one by one
 PATIENCE = 0.05  # seconds between looks at a caller's `cancel`
 
 
-class Batcher:
+class Batcher(Closing):
     """Up to `slots` prompts in one cache, continued together. Make one with `model.batcher()`.
 
     Any number of threads may call `generate` and `stream`; each gets what `model.generate` would give it (up to how
@@ -50,14 +50,6 @@ class Batcher:
         self._closed = False
         self._thread = threading.Thread(target=self._work, args=(self._opened(),), name="tfinfer-batcher", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the thread and let the cache go. Who still waits gets a ClosedError, as do later calls."""
@@ -178,23 +170,5 @@ class Batcher:
     def _opened(self) -> Continuous:
         decoder, vocab_size = self._model.decoder, self._model.manifest.num_logits
         cache = decoder.open_cache(self._slots, self._capacity)
-        return Continuous(decoder, cache, vocab_size, self._piece, seated if self._reuses else empty)
-
-
-def seated(cache: Any, prompt: Sequence[int]) -> int:
-    """A slot that holds as much of a prompt's beginning as any of a cache does, live or left."""
-    slot, held = matches(cache, [prompt]).get(0, (-1, 0))
-    most, live = max(((common(cache.ids[s], prompt), s) for s in cache.live), default=(0, -1))
-    most = min(most, len(prompt) - 1)
-    if most >= held + WORTH and cache.can_copy(live, most):
-        target: int = cache.acquire()
-        cache.copy_positions(live, target, 0, most)
-        return target
-    found: int = cache.revive(slot, held) if held else cache.acquire()
-    return found
-
-
-def empty(cache: Any, prompt: Sequence[int]) -> int:
-    """A slot that holds nothing."""
-    slot: int = cache.acquire()
-    return slot
+        seat = seat_beside if self._reuses else lambda cache, prompt: cache.acquire()
+        return Continuous(decoder, cache, vocab_size, self._piece, seat)

@@ -25,7 +25,7 @@ from tfinfer.manifest import FILE_NAME, Manifest, load_manifest
 from tfinfer.measure.busy import busy_warnings, load_average
 from tfinfer.measure.runs import Progress, measure_decoder, measure_stream, no_garbage_collection, timed
 from tfinfer.measure.starts import StartFailedError, measure
-from tfinfer.measure.traffic import traffic
+from tfinfer.measure.traffic import Traffic, traffic
 from tfinfer.measure.workload import Workload, plan
 from tfinfer.session.machine import cpu_model
 from tfinfer.session.ort import onnxruntime
@@ -86,11 +86,7 @@ def run(
         with no_garbage_collection():
             prefill, steps, cache_bytes = measure_decoder(model, prompts, work, progress)
             whole, firsts, gaps = measure_stream(model, prompts, work, progress)
-        environment = (
-            _environment(model, path)
-            | {"cuda_graph": model.decoder.recording is not None}
-            | {"load_average": busy, "command_line": command_line}
-        )
+        environment = _environment(model, path) | {"load_average": busy, "command_line": command_line}
     per_token = [(end - first) / (work.new_tokens - 1) for end, first in zip(whole, firsts)]
     halfway = work.prompt_length + work.new_tokens // 2
     moved = traffic(manifest, path, batch=work.batch, length=halfway)
@@ -106,15 +102,19 @@ def run(
         "between_tokens": _times(gaps),
         "end_to_end": _figures(whole, work.batch * work.new_tokens) | {"first_token_seconds": summary(firsts)},
         "memory": {"rss_after_load": resident, "rss_peak": _status("VmHWM"), "cache_bytes": cache_bytes},
-        "moved": {
-            "weight_bytes_per_step": moved.weights,
-            "cache_bytes_per_step": moved.cache,
-            "bytes_per_token": moved.step // work.batch,
-            "bytes_per_second": moved.step / float(np.median(steps)),
-        },
+        "moved": _moved(moved, work, steps),
         "environment": environment,
         "definitions": DEFINITIONS,
         "warnings": busy_warnings(busy) + failure,
+    }
+
+
+def _moved(moved: Traffic, work: Workload, steps: Sequence[float]) -> dict[str, Any]:
+    return {
+        "weight_bytes_per_step": moved.weights,
+        "cache_bytes_per_step": moved.cache,
+        "bytes_per_token": moved.step // work.batch,
+        "bytes_per_second": moved.step / float(np.median(steps)),
     }
 
 
@@ -158,6 +158,7 @@ def _environment(model: GeneratingModel, folder: Path) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": asdict(model.threads),
         "settings": asdict(model.decoder.settings),
+        "cuda_graph": model.decoder.recording is not None,
         "device": model.device,
         "device_reason": model.reason,
         "onnxruntime": str(onnxruntime().__version__),

@@ -7,9 +7,9 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
+from tfinfer.closing import Closing
 from tfinfer.completion import Chunk, Completion, Growing
 from tfinfer.errors import ClosedError, InputError
 from tfinfer.request import Options, Request, Settings
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tfinfer.model import Messages, Prompt
 
 
-class Conversation:
+class Conversation(Closing):
     """Ids that grow turn by turn, and a cache that holds them. Make one with `model.conversation()`.
 
     Prompts and answers stay. The last token of an answer, which no step has run yet, is run with the next turn. The
@@ -194,14 +194,6 @@ class Conversation:
         if self._cache is not None:
             self._cache.close()
             self._cache = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,11 +7,11 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy.typing as npt
 
+from tfinfer.closing import Closing
 from tfinfer.errors import ClosedError, CorruptModelError, InputError
 from tfinfer.integrity import check_files
 from tfinfer.manifest import Manifest, load_manifest
@@ -69,7 +69,7 @@ def load(
     return GeneratingModel(manifest, path, device=device, threads=threads, cuda_graph=cuda_graph)
 
 
-class Model:
+class Model(Closing):
     """What a folder's model can do. Make one with `tfinfer.load`; a method of another kind of model raises InputError.
 
     Safe for calls from several threads: the session is shared, every call has its own buffers and bindings. Not to be
@@ -112,14 +112,6 @@ class Model:
             raise CorruptModelError(f"{folder / name}: is not JSON: {error}") from error
 
     # -- life ---------------------------------------------------------------------------------------------------
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Let graphs and buffers go; later calls raise ClosedError."""
         with self._lock:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remembering import KINDS, Remembering, greedy
 
-from tfinfer.batcher import empty, seated
 from tfinfer.errors import InputError, NonFiniteLogitsError, TfinferError
+from tfinfer.session.prefix import seat_beside
 from tfinfer.tokens.continuous import Continuous, Row
 from tfinfer.tokens.generate import Limits, Token
 from tfinfer.tokens.sampling import SamplingParams
@@ -15,6 +15,11 @@ from tfinfer.tokens.sampling import SamplingParams
 VOCAB, SLOTS = 9, 3
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 arrivals = st.lists(st.tuples(st.integers(0, 3), prompts, st.integers(1, 5)), min_size=1, max_size=9)
+
+
+def empty(cache, prompt):
+    """A slot that holds nothing."""
+    return cache.acquire()
 
 
 def loop_of(decoder, seat=empty, piece=2, slots=SLOTS):
@@ -38,7 +43,7 @@ def ids_of(outcomes):
     return tuple(token.token_id for token in outcomes)
 
 
-@pytest.mark.parametrize("seat", [empty, seated])
+@pytest.mark.parametrize("seat", [empty, seat_beside])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=40, deadline=None)
 @given(arrivals)
@@ -99,7 +104,7 @@ def test_who_finds_no_slot_waits_and_comes_in_order():
 
 def test_a_beginning_that_a_live_slot_holds_is_not_run_again():
     decoder, shared = Noting(), [1, 2] * 20
-    loop = loop_of(decoder, seated, piece=64)
+    loop = loop_of(decoder, seat_beside, piece=64)
     first, second = row([*shared, 0], max_tokens=20), row([*shared, 2, 2])
     loop.add(first)
     list(loop.advance())
@@ -111,7 +116,7 @@ def test_a_beginning_that_a_live_slot_holds_is_not_run_again():
 
 
 def test_a_prompt_that_a_live_slot_holds_whole_still_runs_its_last_id():
-    loop, prompt = loop_of(Remembering("positions", VOCAB), seated, piece=64), [1, 2] * 20
+    loop, prompt = loop_of(Remembering("positions", VOCAB), seat_beside, piece=64), [1, 2] * 20
     rows = [row(prompt, max_tokens=20), row(prompt)]
     loop.add(rows[0])
     list(loop.advance())
@@ -121,7 +126,7 @@ def test_a_prompt_that_a_live_slot_holds_whole_still_runs_its_last_id():
 
 
 def test_states_are_taken_up_where_an_earlier_prompt_ended_and_not_out_of_a_live_slot():
-    loop, prompt = loop_of(Remembering("states", VOCAB), seated, piece=64), [1, 2] * 20
+    loop, prompt = loop_of(Remembering("states", VOCAB), seat_beside, piece=64), [1, 2] * 20
     first, beside, later = row(prompt, max_tokens=20), row([*prompt, 0]), row([*prompt, 2])
     loop.add(first)
     list(loop.advance())

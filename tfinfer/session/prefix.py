@@ -90,3 +90,16 @@ def _share(decoder: Decoder, cache: Any, prompts: Prompts, slots: Sequence[int])
         if slot != source:
             cache.copy_positions(source, slot, cache.length(slot), shared)
     return computed
+
+
+def seat_beside(cache: Any, prompt: Sequence[int]) -> int:
+    """A slot that holds as much of a prompt's beginning as any of a cache does, of those left or those still going."""
+    slot, held = matches(cache, [prompt]).get(0, (-1, 0))
+    most, live = max(((common(cache.ids[s], prompt), s) for s in cache.live), default=(0, -1))
+    most = min(most, len(prompt) - 1)
+    if most >= held + WORTH and cache.can_copy(live, most):
+        target: int = cache.acquire()
+        cache.copy_positions(live, target, 0, most)
+        return target
+    found: int = cache.revive(slot, held) if held else cache.acquire()
+    return found

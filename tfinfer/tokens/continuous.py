@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tfinfer.errors import TfinferError
-from tfinfer.tokens.generate import FinishReason, Limits, Token
+from tfinfer.tokens.generate import Limits, Token
 from tfinfer.tokens.sampling import History, SamplingParams, choose, generators, top_logprobs
 
 Seat = Callable[[Any, Sequence[int]], int]  # from a cache and a prompt to a slot that may hold some of its beginning
@@ -144,21 +144,17 @@ class Continuous:
 
     def _taken(self, row: Row, token_id: int, logits: Any) -> Token:
         """The token, after which its row goes on or leaves. logits: (1, vocab)"""
+        limits, forced = row.limits, row.limits.forced(row.generated)
+        token_id = token_id if forced is None else forced
         row.generated += 1
-        limits, last = row.limits, row.generated >= row.limits.max_tokens
-        forced = last and limits.forced_last is not None
-        if forced:
-            assert limits.forced_last is not None
-            token_id = limits.forced_last
-        is_stop = token_id in limits.stop_ids
-        reason: FinishReason | None = "length" if last and (forced or not is_stop) else "stop" if is_stop else None
         reported = top_logprobs(logits, np.array([token_id]), limits.logprobs)[0] if limits.logprobs else None
-        if reason is None:
+        token = limits.token(row.index, token_id, row.generated, reported)
+        if token.finish_reason is None:
             self.rows[row].history.add(np.array([token_id]))
             row.next_id = token_id
         else:
             self._leave(row)
-        return Token(row.index, None if is_stop else token_id, reason, None if is_stop else reported)
+        return token
 
     def _leave(self, row: Row) -> None:
         del self.rows[row]

@@ -59,6 +59,18 @@ class Limits:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
 
+    def forced(self, generated: int) -> int | None:
+        """The id that must follow so many generated ones; None where the model has the choice."""
+        return self.forced_last if generated == self.max_tokens - 1 else None
+
+    def token(self, index: int, token_id: int, generated: int, logprobs: TokenLogprobs | None = None) -> Token:
+        """What an id is to prompt `index`, of which it is the `generated`-th: the last one, or not."""
+        last = generated >= self.max_tokens
+        if token_id in self.stop_ids:
+            # A stop id that was forced is no sign that the model was done.
+            return Token(index, None, "length" if last and self.forced_last is not None else "stop")
+        return Token(index, token_id, "length" if last else None, logprobs)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -136,7 +148,8 @@ class Batch:
             history.add(ids)
             kept = []
             for place, (row, token_id) in enumerate(zip(list(rows), ids.tolist())):
-                token = self._token(row, token_id, reported[place] if reported else None)
+                row.generated += 1
+                token = self.limits.token(row.index, token_id, row.generated, reported[place] if reported else None)
                 yield token
                 if token.finish_reason is None and row.index not in self._ended:
                     kept.append(place)
@@ -156,8 +169,8 @@ class Batch:
         self, rows: list[_Row], logits: Any, among: Ids | None, history: History, draws: list[np.random.Generator]
     ) -> Any:
         """One id for each row, (rows,)."""
-        forced = self.limits.forced_last
-        if forced is not None and rows[0].generated == self.limits.max_tokens - 1:  # all rows have as many
+        forced = self.limits.forced(rows[0].generated)  # all rows have as many
+        if forced is not None:
             return np.full(len(rows), forced, np.int64)
         if among is not None:
             return choose_among(logits, among, self.params, draws)
@@ -172,14 +185,6 @@ class Batch:
                 self.cache.release(rows.pop(place).slot)
         history.keep(kept)
         return ids[kept], [draws[place] for place in kept]
-
-    def _token(self, row: _Row, token_id: int, logprobs: TokenLogprobs | None) -> Token:
-        row.generated += 1
-        reason: FinishReason | None = "length" if row.generated >= self.limits.max_tokens else None
-        if token_id in self.limits.stop_ids:
-            # A stop id that was forced is no sign that the model was done.
-            return Token(row.index, None, reason if reason and self.limits.forced_last is not None else "stop")
-        return Token(row.index, token_id, reason, logprobs)
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, max_length: int, what: str = "a prompt") -> int:

@@ -101,9 +101,10 @@ class Hypotheses:
 
         Raises NonFiniteLogitsError for NaN, +inf, or where nothing may follow and nothing has ended.
         """
-        if self.limits.forced_last is not None and self._length + 1 == self.limits.max_tokens:
+        forced = self.limits.forced(self._length)
+        if forced is not None:
             log_probs = np.full_like(log_probs, -math.inf)
-            log_probs[:, self.limits.forced_last] = 0
+            log_probs[:, forced] = 0
         totals = (self._scores[:, None] + log_probs).ravel()
         places = largest(totals, self._candidates)
         if not places.size and not self._ended:
@@ -125,12 +126,11 @@ class Hypotheses:
         self.done = not self.tokens or self._cannot_improve()
 
     def _end(self, parents: Ids, ids: Ids, totals: Scores) -> None:
-        # A stop id that was forced is no sign that the model was done.
-        forced = self.limits.forced_last is not None and self._length >= self.limits.max_tokens
-        for parent, token, score in zip(parents.tolist(), ids.tolist(), self._per_length(totals, self._length)):
-            stops = token in self.limits.stop_ids
-            tokens = self.tokens[parent] if stops else self.tokens[parent] + (token,)
-            self._ended.append(Hypothesis(tokens, score, "stop" if stops and not forced else "length"))
+        for parent, token_id, score in zip(parents.tolist(), ids.tolist(), self._per_length(totals, self._length)):
+            token = self.limits.token(parent, token_id, self._length)
+            assert token.finish_reason is not None, "it neither stops nor is the last"
+            tokens = self.tokens[parent] if token.token_id is None else self.tokens[parent] + (token_id,)
+            self._ended.append(Hypothesis(tokens, score, token.finish_reason))
         self._ended = _best(self._ended, self.params.num_beams)
 
     def _cannot_improve(self) -> bool:
