@@ -36,6 +36,7 @@ from tfinfer.proof.prove import Verdict
 from tfinfer.version import __version__
 
 from . import graph_files, neighbours, small_cache
+from .calibration import Calibration, read_text
 from .capture import DEFAULT_MAX_LENGTH, Observed
 from .capture.plain import InputSpec, parse_input
 from .choices import Chosen, choose
@@ -170,6 +171,7 @@ class _Export:
         self.range: RangeSpec | None = None  # how large the values of an fp16 graph became in float32
         self.attention, self.also = attention, also
         self._progress = progress
+        self.calibration = Calibration(None)
         self.maps: tuple[MapSpec, ...] = ()
         self.seconds: dict[str, float] = {}
         self._stage, self._since = "", time.perf_counter()
@@ -193,8 +195,9 @@ class _Export:
             self.stage("passes")
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.width != "fp32")
-            shrinking = self._shrinking(job, graphs, folder) if self.dtype in RECIPES else None
-            rounding = self._rounding(job) if self.chosen.cached.dtype == "int8" else None
+            rounding = Rounding(job) if self.chosen.cache == "int8" else None
+            shrinking = Shrinking(graphs, folder, self.chosen.small, self.dtype) if self.dtype in RECIPES else None
+            self.calibration = self._calibration(job)
             self.stage("write")
             give_back(self.source.module)  # what capturing took
             observed = job.observe() if self.attention and self.dtype == "fp32" else None
@@ -266,22 +269,19 @@ class _Export:
     ) -> Verdict:  # fmt: skip
         """A cache of 8 bits, in the folder and in `graphs`; what they compute, before weights are made small."""
         self._progress("proof: the ranges of the cache")
-        told = self.small_cache = rounding.run(graphs, draft, folder)
+        told = self.small_cache = rounding.run(graphs, draft, folder, self.calibration)
         verdict = job.verdict(self._manifest(job, graphs, folder), folder, expected, "cpu", self._progress)
         _insist(verdict)
         small_cache.check_agreement(verdict.agreement, self.chosen.small.agreement)
         self.small_cache = replace(told, agreement=round(verdict.agreement, 4))
         return verdict
 
-    def _rounding(self, job: Job) -> Rounding:
-        """What makes the cache small, once the float32 graphs are proved."""
-        return Rounding(job, self.chosen.cached, self.source.tokenizer)
-
-    def _shrinking(self, job: Job, graphs: dict[str, ir.Model], folder: Path) -> Shrinking:
-        """What makes the weights small, once the float32 graphs are proved."""
-        shrinking, fields = Shrinking(graphs, folder, self.chosen.small, self.dtype), job.fields("float32")
-        shrinking.read(self.source.tokenizer, fields["max_length"], fields["vocab_size"])
-        return shrinking
+    def _calibration(self, job: Job) -> Calibration:
+        """The text for weights and cache. Raises InputError for a file that cannot be used."""
+        file, fields = self.chosen.calibration, job.fields("float32")
+        if file is None:
+            return Calibration(None)
+        return Calibration(read_text(file, self.source.tokenizer, fields["max_length"], fields["vocab_size"]))
 
     def _make_small(
         self, shrinking: Shrinking, job: Job, graphs: dict[str, ir.Model], expected: golden.Golden
@@ -296,7 +296,7 @@ class _Export:
 
         if shrinking.quantiser == "gptq":
             self._progress("proof: calibrating")
-            shrinking.calibrate(self._manifest(job, graphs, shrinking.folder))
+            shrinking.calibrate(self._manifest(job, graphs, shrinking.folder), self.calibration)
         verdict = shrinking.run(prove)
         self.weights = shrinking.spec
         graphs.update(shrinking.graphs)

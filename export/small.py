@@ -16,7 +16,7 @@ from tfinfer.precision import WeightsSpec
 from tfinfer.proof.prove import Verdict
 
 from . import graph_files
-from .calibration import CalibrationIds, own_text, read_text
+from .calibration import Calibration, CalibrationIds
 from .calibration.rounding import round_for_inputs
 from .passes import quantise
 from .passes.quantise import Made, Recipe, weights_of
@@ -40,7 +40,7 @@ class Small:
     block_size: numbers that share a scale, 32, 64 or 128; None: 64 for 4 bits, 128 for 8. symmetric: without zero
     points. keep: patterns of the names of weights that stay float32. agreement: the least share of first choices that
     must be PyTorch's, for which matrices are widened where that helps most. quantiser: "rtn" or "gptq"; None: gptq for
-    4 bits, rtn for 8, where gptq gains next to nothing. calibration: a text file for gptq; None: the model's own text.
+    4 bits, rtn for 8, where gptq gains next to nothing.
     """
 
     block_size: int | None = None
@@ -48,7 +48,6 @@ class Small:
     keep: tuple[str, ...] = ()
     agreement: float | None = None
     quantiser: str | None = None
-    calibration: Path | None = None
 
     def quantiser_of(self, dtype: str) -> str:
         return self.quantiser or ("gptq" if dtype == "int4" else "rtn")
@@ -76,10 +75,19 @@ def check(small: Small, dtype: str) -> None:
         raise InputError(f"unknown quantiser {small.quantiser!r}: expected one of {', '.join(QUANTISERS)}")
     if small != Small() and dtype not in RECIPES:
         raise InputError(
-            "block sizes, zero points, kept weights, agreements and quantisers are for weights of a few bits; so is a "
-            f"calibration text without an int8 cache: give the dtype int8 or int4, not {dtype}"
+            "block sizes, zero points, kept weights, agreements and quantisers are for weights of a few bits: give the "
+            f"dtype int8 or int4, not {dtype}"
         )
-    if small.calibration is not None and small.quantiser_of(dtype) == "rtn":
+
+
+def check_calibrates(small: Small, dtype: str) -> None:
+    """Raises InputError where the weights have no use for a text."""
+    if dtype not in RECIPES:
+        raise InputError(
+            "a calibration text is for weights of 4 bits and for an int8 cache: give the dtype int4 or the cache int8, "
+            f"or leave the text out of an export in {dtype}"
+        )
+    if small.quantiser_of(dtype) == "rtn":
         why = "was asked for" if small.quantiser else f"is what {dtype} takes by itself"
         raise InputError(
             f"a calibration text is for the quantiser gptq, but rtn {why}: give quantiser gptq or an int8 cache, or "
@@ -104,14 +112,9 @@ class Shrinking:
         self.graphs: Graphs = {}  # those of the last recipe
         self.spec: WeightsSpec | None = None
 
-    def read(self, tokenizer: bytes | None, max_length: int, vocab_size: int) -> None:
-        """Read the text to calibrate on, where one was named. Raises InputError where that cannot be."""
-        if self.small.calibration is not None:
-            self.ids = read_text(self.small.calibration, tokenizer, max_length, vocab_size)
-
-    def calibrate(self, manifest: Manifest) -> None:
+    def calibrate(self, manifest: Manifest, calibration: Calibration) -> None:
         """Round the matrices for their inputs; in the folder lie the float32 graphs, and `manifest` is theirs."""
-        self.ids = self.ids or own_text(manifest, self.folder)
+        self.ids = calibration.ids(manifest, self.folder)
         self._made |= round_for_inputs(manifest, self.folder, self.whole["decoder"], self._recipe, self.ids.pieces)
 
     def run(self, prove: Prove) -> Verdict:
@@ -156,10 +159,8 @@ def narrowest(recipe: Recipe, names: Sequence[str], wanted: float, judge: Judge)
     if judge(recipe, False).agreement >= wanted:
         return recipe
     steps = _steps(recipe, names, judge)
-    low, high = (
-        0,
-        len(steps),
-    )  # `low` steps are too few; with all of them the graph is the float32 one, which was proved
+    # `low` steps are too few; with all of them the graph is the float32 one, which was proved.
+    low, high = 0, len(steps)
     while high - low > 1:
         middle = (low + high) // 2
         if judge(_widened(recipe, steps[:middle]), False).agreement >= wanted:

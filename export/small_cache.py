@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from tfinfer.precision import SmallCacheSpec
 from tfinfer.session.decoder import Decoder
 
 from . import graph_files
-from .calibration import CalibrationIds, cache_ranges, random_ids, read_text, write_text
+from .calibration import Calibration, cache_ranges, random_ids
 from .capture import AttentionReport
 from .kinds import Job
 from .passes import small_cache
@@ -27,19 +27,11 @@ HEADROOM = 1.1
 LONGEST = 2048  # positions of the one long piece: what a module adds to its keys by position shows there
 
 
-@dataclass(frozen=True)
-class Cached:
-    """What a user asks of the cache: how wide it is, and the text for its ranges; None: the model's own."""
-
-    dtype: str = WIDE
-    calibration: Path | None = None
-
-
-def check(asked: Cached, width: str, flavor: str, also: Sequence[str]) -> None:
+def check(cache: str, width: str, flavor: str, also: Sequence[str]) -> None:
     """Raises InputError for an unknown cache, and for what one of int8 does not go with. width: of activations."""
-    if asked.dtype not in CACHES:
-        raise InputError(f"unknown cache {asked.dtype!r}: expected one of {', '.join(CACHES)}")
-    if asked.dtype == WIDE:
+    if cache not in CACHES:
+        raise InputError(f"unknown cache {cache!r}: expected one of {', '.join(CACHES)}")
+    if cache == WIDE:
         return
     if flavor == "standard":
         raise InputError("an int8 cache needs an operator that is not ONNX's own: leave the flavor at 'ort'")
@@ -55,11 +47,10 @@ def check(asked: Cached, width: str, flavor: str, also: Sequence[str]) -> None:
 class Rounding:
     """The cache of a decoder's graph, to be rounded when the float32 one has been proved.
 
-    Raises InputError for what has no cache that can be, and for a text that cannot be used, before anything is
-    computed.
+    Raises InputError for what has no cache that can be, before anything is computed.
     """
 
-    def __init__(self, job: Job, asked: Cached, tokenizer: bytes | None) -> None:
+    def __init__(self, job: Job) -> None:
         if set(job.graphs) != {"decoder"}:
             kind = "an encoder-decoder" if "decoder" in job.graphs else "an encoder"
             raise InputError(f"an int8 cache is for decoders, this is {kind}: leave the cache at float32")
@@ -67,16 +58,14 @@ class Rounding:
         self._entries = small_cache.entries(self._model.graph)
         if not self._entries:
             raise InputError(_why_none(job.attention))
-        fields = job.fields(WIDE)
-        self._text: CalibrationIds | None = None  # None: what the model writes
-        if asked.calibration is not None:
-            self._text = read_text(asked.calibration, tokenizer, fields["max_length"], fields["vocab_size"])
 
-    def run(self, graphs: Mapping[str, ir.Model], draft: Manifest, folder: Path) -> SmallCacheSpec:
+    def run(
+        self, graphs: Mapping[str, ir.Model], draft: Manifest, folder: Path, calibration: Calibration
+    ) -> SmallCacheSpec:
         """Round it in a folder, whose graphs these are, by the ranges that it shows there."""
+        text = calibration.ids(draft, folder)
         decoder = Decoder(draft, folder)
         try:
-            text = self._text or write_text(decoder)
             words = min(draft.vocab_size, draft.num_logits)
             pieces = [*text.pieces, *random_ids(words, 1, min(draft.max_length, LONGEST)).pieces]
             ranges = cache_ranges(decoder, pieces, {entry.past: entry.pairs for entry in self._entries})

@@ -96,6 +96,18 @@ def own_text(manifest: Manifest, folder: Path) -> CalibrationIds:
         decoder.close()
 
 
+class Calibration:
+    """The text of one export: what a user named, or else what the float32 graph writes, once, when it is asked for."""
+
+    def __init__(self, named: CalibrationIds | None) -> None:
+        self._ids = named
+
+    def ids(self, manifest: Manifest, folder: Path) -> CalibrationIds:
+        """The text; in the folder lie graphs that write it where there is none yet, and `manifest` is theirs."""
+        self._ids = self._ids or own_text(manifest, folder)
+        return self._ids
+
+
 def _drawn(logits: npt.NDArray[np.float32], rng: np.random.Generator) -> Ids:
     """A token for each row, by the chances that its logits give: the largest with Gumbel's noise on it."""
     return (logits + rng.gumbel(size=logits.shape)).argmax(-1)

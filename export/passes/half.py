@@ -67,7 +67,7 @@ def stays(node: ir.Node) -> bool:
     return cached or node.op_type == "GroupQueryAttention"
 
 
-def touches(node: ir.Node, large: Collection[str]) -> bool:
+def _touches(node: ir.Node, large: Collection[str]) -> bool:
     """Whether a node makes or reads one of the values `large`."""
     return any(value is not None and value.name in large for value in (*node.inputs, *node.outputs))
 
@@ -141,7 +141,7 @@ class _Conversion:
 
     def _is_kept(self, node: ir.Node) -> bool:
         """Whether a node stays float32 for its values: of a large one, who makes it and who reads it."""
-        kept = bool(self.large) and touches(node, self.large) and not stays(node)
+        kept = bool(self.large) and _touches(node, self.large) and not stays(node)
         self.kept += kept and node.op_type != "Cast"
         return kept
 

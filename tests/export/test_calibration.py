@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tfinfer.errors import InputError
 from tfinfer.export import export_model
-from tfinfer.export.calibration import random_ids, read_text, samples, values, watch, write_text
+from tfinfer.export.calibration import Calibration, random_ids, read_text, samples, values, watch, write_text
 from tfinfer.export.modules import Decoder, Encoder, TransformerConfig
 from tfinfer.manifest import load_manifest
 from tfinfer.proof.prove import open_session
@@ -96,6 +96,14 @@ def test_a_model_writes_the_same_text_for_the_same_seed(folder):
     assert [piece.shape for piece in longer.pieces] == [(1, 48)] * 2  # the model's longest length
     np.testing.assert_array_equal(one.pieces, same.pieces)
     assert (np.array(one.pieces) != np.array(other.pieces)).any()
+
+
+def test_an_export_has_one_text_for_weights_and_cache(folder, tmp_path):
+    made = Calibration(None)
+    text = made.ids(load_manifest(folder), folder)
+    assert made.ids(load_manifest(folder), tmp_path / "where no graph is") is text
+    named = read_text(text_file(tmp_path, ["w1", "w2"]), tokenizer(), 42, 60)
+    assert Calibration(named).ids(load_manifest(folder), folder) is named
 
 
 def test_what_a_model_writes_has_the_chances_of_its_logits():

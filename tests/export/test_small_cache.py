@@ -259,7 +259,7 @@ def test_ranges_are_of_a_users_own_text(tmp_path):
         ({"cache": "int8", "dtype": "bf16"}, "no activations in bf16"),
         ({"cache": "int8", "dtype": "int4", "activations": "fp16"}, "no activations in fp16"),
         ({"cache": "int8", "also": ["genai"]}, "genai makes the cache itself"),
-        ({"calibration": "x.txt"}, "without an int8 cache: give the dtype"),
+        ({"calibration": "x.txt"}, "for an int8 cache: give the dtype int4 or the cache int8"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_captured(options, words, tmp_path):
