@@ -1,6 +1,6 @@
 """An exported decoder with several prompts at once: tokens per second by how many, and what a prompt that joins costs.
 
-    python benchmarks/batch.py out/ --rows 1 2 4 8 --rounds 5
+    python benchmarks/batch.py model/ --rows 1 2 4 8 --rounds 5
 
 Prompts are random ids of different lengths, up to `--prompt`; every row makes `--new` tokens. Rate: that of the steps
 in which all rows go on, by the median time between two of them; the ratio is to the first of `--rows` in the same

@@ -1,6 +1,6 @@
 """What reusing beginnings spares: the time to the first token, all ways in one process, in turns.
 
-    python benchmarks/prefix.py out/
+    python benchmarks/prefix.py model/
 
 The ids are random: a beginning of --past tokens and --new ones after it, other ones in every round, so that nothing but
 what a line says is reused. The last line is JSON.

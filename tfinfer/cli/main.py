@@ -135,9 +135,9 @@ def tfinfer(ctx: click.Context) -> None:
     """A PyTorch transformer goes in, a folder that runs without torch comes out.
 
     \b
-    tfinfer export model.py:build --weights w.safetensors --tokenizer tokenizer.json -o out/
-    tfinfer generate out/ "def main(" --max-tokens 64    (decoders and encoder-decoders)
-    tfinfer encode out/ "a sentence" --normalize         (encoders)
+    tfinfer export model.py:build --weights w.safetensors --tokenizer tokenizer.json -o model/
+    tfinfer generate model/ "def main(" --max-tokens 64    (decoders and encoder-decoders)
+    tfinfer encode model/ "a sentence" --normalize         (encoders)
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
