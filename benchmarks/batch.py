@@ -6,7 +6,7 @@ Prompts are random ids of different lengths, up to `--prompt`; every row makes `
 in which all rows go on, by the median time between two of them; the ratio is to the first of `--rows` in the same
 round (lowest to highest). Joining: while all rows but one go on in a batcher, a prompt of `--joins` tokens comes; given
 is the longest time between two tokens of the others then, beside the median without, and the time of its prefill
-alone. Sizes take turns in one process. The last line is JSON.
+alone. Sizes take turns in one process. The last line is JSON, which `--json` keeps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import statistics
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     with tfinfer.load(a.folder, threads=a.threads) as model:
         seconds: dict[int, list[float]] = {rows: [] for rows in a.rows}
@@ -99,7 +101,10 @@ def main() -> None:
         found = [joining(model, max(a.rows), a) for _ in range(a.rounds)]
     joined = {name: round(statistics.median(one[name] for one in found), 1) for name in found[0]}
     print(f"a prompt of {a.joins} joins {max(a.rows) - 1}, in pieces of {a.piece}, ms: {joined}")
-    print(json.dumps({**vars(a), "rates": rates, "joining": joined}))
+    report = json.dumps({**vars(a), "json": str(a.json), "rates": rates, "joining": joined})
+    if a.json:
+        a.json.write_text(report)
+    print(report)
 
 
 if __name__ == "__main__":

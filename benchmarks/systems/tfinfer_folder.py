@@ -1,6 +1,7 @@
 """tfinfer: the checkpoint exported once, then streamed.
 
-setting "tuned": as `tfinfer tune` finds best here. "graph": steps recorded as CUDA graphs. "bf16": that width for fp16.
+setting "tuned": as `tfinfer tune` finds best here. "int8 cache": with --cache int8. "graph": steps recorded as CUDA
+graphs. "bf16": that width for fp16.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def exported(given: dict[str, Any]) -> Path:
     name, more = f"tfinfer-{dtype}", []
     if given.get("device") == "cuda" and given["bits"] < 16:
         name, more = f"{name}-fp16", ["--activations", "fp16"]
+    if given.get("setting") == "int8 cache":
+        name, more = f"{name}-int8-cache", ["--cache", "int8"]
     folder = Path(given["cache"]) / f"{name}-{given['longest']}"
     if not (folder / "tfinfer.json").exists():
         _run("export", given["checkpoint"], "-o", folder, "--dtype", dtype, "--no-attention",
