@@ -42,6 +42,37 @@ def test_products_of_correlated_inputs_lose_less_on_inputs_that_were_not_seen(bi
     assert lost(found, matrix, unseen) < 0.75 * lost(nearest, matrix, unseen)
 
 
+def by_the_book(matrix, hessian, damping, bits, block_size, symmetric):
+    """Row after row, each time with the inverse of what is left: slow, and nothing of it is shared with the pass."""
+    order = np.argsort(-hessian.diagonal(), kind="stable")
+    damped = (hessian + damping * hessian.diagonal().mean() * np.eye(len(hessian)))[np.ix_(order, order)]
+    inverses = [np.linalg.inv(damped[i:, i:]) for i in range(len(order))]
+    importance = np.empty(len(order), np.float32)
+    importance[order] = [1 / inverse[0, 0] for inverse in inverses]
+    start = quantised(matrix, bits, block_size, symmetric=symmetric, importance=importance)
+    left, found = matrix.astype(np.float64), np.empty(matrix.shape)
+    for i, row in enumerate(order):
+        scale, zero = start.scales[:, row // block_size], start.middles()[:, row // block_size]
+        numbers = np.clip(np.rint(left[row] / scale) + zero, 0, 2**bits - 1)
+        found[row] = (numbers - zero) * scale
+        error = (left[row] - found[row]) / inverses[i][0, 0]
+        left[order[i + 1 :]] -= inverses[i][0, 1:, None] * error
+    return found
+
+
+@pytest.mark.parametrize("count", [1000, 10**6])  # in the second, ever so little damping
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+def test_it_is_what_the_paper_describes(bits, symmetric, count):
+    """Of more rows than learn of their errors at once, in no order of their importance."""
+    rng = np.random.default_rng(2)
+    inputs = (rng.normal(size=(600, 30)) @ rng.normal(size=(30, 150)) + rng.normal(size=(600, 150))).astype(np.float32)
+    inputs *= rng.uniform(0.2, 3, 150).astype(np.float32)
+    matrix, hessian = weights(150, 8), inputs.T @ inputs
+    found = rounded(matrix, torch.from_numpy(hessian), count, bits, 32, symmetric=symmetric).dense()
+    expected = by_the_book(matrix, hessian.astype(np.float64), max(0.01, 150 / count), bits, 32, symmetric)
+    assert np.isclose(found, expected, rtol=1e-4, atol=1e-6).mean() > 0.99  # a tie may fall to either side
+
+
 def test_of_white_inputs_each_number_is_rounded_to_the_nearest():
     matrix = weights(K, N)
     white = rounded(matrix, torch.eye(K), 1000, 4, 32)

@@ -205,6 +205,20 @@ def test_a_decoder_with_a_small_cache_says_what_it_costs_and_goes_on(build, entr
         assert len(model.generate([1, 2, 3], max_tokens=40, stop_ids=[]).token_ids) == 40
 
 
+def test_scales_leave_room_for_more_than_was_seen_and_keys_may_turn_to_any_position(wide, tmp_path):
+    """Random ids are among what ranges are of, all positions of them, whatever text there is."""
+    export_model(decoder(), tmp_path / "out", cache="int8", attention=False)
+    graph = ir.load(tmp_path / "out" / "decoder.onnx").graph
+    found = rounding.entries(ir.load(wide / "decoder.onnx").graph)
+    seen = ranges(wide, random_ids(120, 1, 48).pieces, {entry.past: entry.pairs for entry in found})
+    assert len(seen) == 4
+    for past, largest in seen.items():
+        scale = graph.initializers[f"{past}.scale"].const_value.numpy()[0, :, 0]
+        assert (scale * 127 / largest).min() >= 1.05
+        half = scale.shape[1] // 2
+        assert np.array_equal(scale[:, :half], scale[:, half:]) == past.endswith("key")
+
+
 def test_small_weights_and_a_small_cache_go_together(tmp_path):
     asked = {"dtype": "int4", "cache": "int8", "keep_agreement": 0.8}
     made = export_model(decoder(), tmp_path / "out", attention=False, **asked)
