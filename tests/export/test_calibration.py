@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tfinfer.errors import InputError
 from tfinfer.export import export_model
-from tfinfer.export.calibration import random_ids, read_text, samples, values, watch, write_text
+from tfinfer.export.calibration import hessians, random_ids, read_text, samples, values, watch, write_text
 from tfinfer.export.modules import Decoder, Encoder, TransformerConfig
 from tfinfer.manifest import load_manifest
 from tfinfer.proof.prove import open_session
@@ -153,6 +153,23 @@ def test_values_come_a_few_at_a_time_and_are_the_same(folder, monkeypatch):
     monkeypatch.setattr(values, "AT_ONCE", 2)
     for name, arrays in watched(folder, names, pieces).items():
         np.testing.assert_array_equal(arrays, together[name])
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_sums_of_products_are_made_of_as_many_inputs_at_once_as_memory_allows(folder, most, monkeypatch):
+    names = [name for name, _ in inputs_of_products(folder)][:3]
+    pieces = [*random_ids(60, 2, 9).pieces, *random_ids(60, 1, 5).pieces]
+    seen = watched(folder, names, pieces)
+    widths = {name: seen[name][0].shape[-1] for name in names}
+    monkeypatch.setattr(hessians, "MOST_BYTES", most * 4 * max(widths.values()) ** 2)
+    groups = list(hessians.inputs_of(load_manifest(folder), folder, widths, pieces))
+    assert max(map(len, groups)) <= most if most < 3 else len(groups) == 1
+    found = {name: inputs for group in groups for name, inputs in group.items()}
+    assert list(found) == list(dict.fromkeys(names))
+    for name, inputs in found.items():
+        rows = np.concatenate([array.reshape(-1, array.shape[-1]) for array in seen[name]])
+        assert inputs.count == len(rows) == 2 * 9 + 5
+        np.testing.assert_allclose(inputs.hessian, rows.T @ rows, rtol=1e-3, atol=1e-4)
 
 
 def test_an_encoder_is_watched_too(tmp_path):

@@ -1,11 +1,15 @@
 """Rounding for inputs: less is lost of the products where inputs say something, and nothing more where they do not."""
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from small_graph import Graph, weights
 
+from tfinfer.export.calibration import rounding
+from tfinfer.export.calibration.hessians import Inputs
 from tfinfer.export.passes import quantise
 from tfinfer.export.passes.blocks import quantised
 from tfinfer.export.passes.gptq import rounded
@@ -101,7 +105,11 @@ def test_an_input_that_never_comes_does_no_harm():
 @pytest.mark.parametrize("hessian", [torch.zeros(K, K), torch.full((K, K), torch.nan)])
 def test_where_no_inputs_came_or_they_are_no_numbers_the_nearest_is_taken(hessian):
     matrix = weights(K, N)
-    np.testing.assert_array_equal(rounded(matrix, hessian, 0, 4, 32).data, quantised(matrix, 4, 32).data)
+    for symmetric in (True, False):
+        found, nearest = (
+            f(4, 32, symmetric=symmetric) for f in (partial(rounded, matrix, hessian, 0), partial(quantised, matrix))
+        )
+        np.testing.assert_array_equal(found.data, nearest.data)
 
 
 def test_blocks_of_zeros_stay_zeros():
@@ -136,6 +144,20 @@ def test_a_matrix_of_two_products_knows_both_their_inputs():
 def test_matrices_that_are_kept_or_wider_are_not_among_them():
     assert [m.inputs for m in narrow(graph(), Recipe(4, 8, 32, keep=("layers.0.*",)))] == [("y",)]
     assert not narrow(graph(), Recipe(4, 8, 32, wider=("layers.*",)))
+
+
+def test_a_matrix_is_rounded_for_all_its_inputs_when_the_last_of_them_is_known(monkeypatch):
+    x, y = (correlated(rows, seed=rows)[:, :64] for rows in (30, 500))  # few of one: then how many come counts, too
+    known = {"x": Inputs(torch.from_numpy(x.T @ x), len(x)), "y": Inputs(torch.from_numpy(y.T @ y), len(y))}
+    monkeypatch.setattr(rounding, "inputs_of", lambda *given: ({name: known[name]} for name in "xy"))
+    model, recipe = graph(), Recipe(4, 8, 32, symmetric=False)
+    made = rounding.round_for_inputs(None, None, model, recipe, [])
+    matrices = narrow(model, recipe)
+    assert made.keys() == {matrix.key for matrix in matrices}
+    for matrix in matrices:
+        both = np.concatenate([{"x": x, "y": y}[name] for name in matrix.inputs])
+        expected = by_gptq(matrix.matrix(), both, symmetric=False)
+        np.testing.assert_allclose(made[matrix.key].dense(), expected.dense(), atol=1e-6)
 
 
 def test_what_was_made_of_a_matrix_before_is_what_the_graph_gets():
