@@ -70,6 +70,18 @@ def test_features_that_turn_together_are_known_for_keys_alone(write, dims, pairs
     assert (value.past, value.present, value.pairs) == ("past.0.value", "present.0.value", ())
 
 
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_a_key_that_is_laid_out_anew_behind_its_turn_is_known_too(interleaved):
+    g = Graph()
+    q, k, v = g.sides()
+    given = (g.emit.given("position_ids"), *map(g.held, tables(8)))
+    heads_first = g.op("Transpose", g.split(k), perm=[0, 2, 1, 3])
+    key = g.op("RotaryEmbedding", heads_first, *given, domain="com.microsoft", interleaved=interleaved)
+    model = g.finish(g.attend(q, g.rows(g.op("Transpose", key, perm=[0, 2, 1, 3])), v))
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + 4) for i in range(4)]
+    assert [list(entry.pairs) for entry in rounding.entries(model.graph)] == [pairs, []]
+
+
 def test_a_key_that_nothing_turns_has_no_pairs():
     g = Graph()
     model = g.finish(g.attend(*g.sides()))
@@ -89,6 +101,34 @@ def test_what_a_second_attention_reads_stays_as_it_is():
     other = g.attend(q, v, k, layer=1)
     model = g.finish(g.op("Add", g.op("Add", first, second), other))
     assert [entry.past for entry in rounding.entries(model.graph)] == ["past.1.key", "past.1.value"]
+
+
+def past_read_too(g, q, k, v):
+    y = g.attend(q, k, v)
+    return g.op("Add", y, g.op("ReduceSum", g.emit.inputs["past.0.key"], np.array([0, 1, 2, 3]), keepdims=0))
+
+
+def past_computed(g, q, k, v):
+    y = g.attend(q, k, v)
+    (node,) = [node for node in g.emit.nodes if node.op_type == "GroupQueryAttention"]
+    turned = g.op("Neg", node.inputs[3])
+    g.emit.nodes.insert(0, g.emit.nodes.pop())
+    node.replace_input_with(3, turned)
+    return y
+
+
+@pytest.mark.parametrize("make", [past_read_too, past_computed])
+def test_a_past_that_is_not_the_attentions_own_stays_as_it_is(make):
+    g = Graph()
+    model = g.finish(make(g, *g.sides()))
+    assert rounding.entries(model.graph) == []
+
+
+def test_a_key_without_scales_keeps_its_value_wide_too():
+    g = Graph()
+    model = g.finish(g.attend(*g.sides()))
+    assert rounding.run(model, {"past.0.value": np.ones((KV_HEADS, SIZE), np.float32)}) == 0
+    assert {value.dtype for value in model.graph.inputs if value.name.startswith("past")} == {ir.DataType.FLOAT}
 
 
 # -- the operator ---------------------------------------------------------------------------------------------------
