@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tfinfer.errors import InputError
 from tfinfer.export import export_model
-from tfinfer.export.calibration import Calibration, random_ids, read_text, samples, values, watch, write_text
+from tfinfer.export.calibration import Calibration, hessians, random_ids, read_text, samples, values, watch, write_text
 from tfinfer.export.modules import Decoder, Encoder, TransformerConfig
 from tfinfer.manifest import load_manifest
 from tfinfer.proof.prove import open_session
@@ -152,6 +152,12 @@ def test_presents_come_without_the_room_for_more_and_the_folder_is_as_it_was(fol
     assert [len(arrays) for arrays in found.values()] == [2] * len(presents)
     assert found[presents[0]][0][0, :, -1].any()
     assert sorted(folder.iterdir()) == before
+    assert not [path for path in before if path.name.endswith(values.WATCHED)]  # of another test
+
+
+def test_inputs_of_a_graph_are_values_too(folder):
+    pieces = random_ids(60, 1, 7).pieces
+    np.testing.assert_array_equal(watched(folder, ["input_ids"], pieces)["input_ids"][0], pieces[0])
 
 
 def test_values_come_a_few_at_a_time_and_are_the_same(folder, monkeypatch):
@@ -161,6 +167,22 @@ def test_values_come_a_few_at_a_time_and_are_the_same(folder, monkeypatch):
     monkeypatch.setattr(values, "AT_ONCE", 2)
     for name, arrays in watched(folder, names, pieces).items():
         np.testing.assert_array_equal(arrays, together[name])
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 100])
+def test_sums_of_products_are_made_of_as_many_inputs_at_once_as_memory_allows(folder, most, monkeypatch):
+    pieces = [*random_ids(60, 2, 9).pieces, *random_ids(60, 1, 5).pieces]
+    seen = watched(folder, list(dict.fromkeys(name for name, _ in inputs_of_products(folder))), pieces)
+    names = [name for name in seen if seen[name][0].shape[-1] == 32][:5]
+    monkeypatch.setattr(hessians, "MOST_BYTES", most * 4 * 32**2)
+    groups = list(hessians.inputs_of(load_manifest(folder), folder, dict.fromkeys(names, 32), pieces))
+    assert [len(group) for group in groups] == {0: [1] * 5, 1: [1] * 5, 2: [2, 2, 1], 3: [3, 2], 100: [5]}[most]
+    found = {name: inputs for group in groups for name, inputs in group.items()}
+    assert list(found) == names
+    for name, inputs in found.items():
+        rows = np.concatenate([array.reshape(-1, array.shape[-1]) for array in seen[name]])
+        assert inputs.count == len(rows) == 2 * 9 + 5
+        np.testing.assert_allclose(inputs.hessian, rows.T @ rows, rtol=1e-3, atol=1e-4)
 
 
 def test_an_encoder_is_watched_too(tmp_path):

@@ -1,11 +1,15 @@
 """Rounding for inputs: less is lost of the products where inputs say something, and nothing more where they do not."""
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from small_graph import Graph, weights
 
+from tfinfer.export.calibration import rounding
+from tfinfer.export.calibration.hessians import Inputs
 from tfinfer.export.passes import quantise
 from tfinfer.export.passes.blocks import quantised
 from tfinfer.export.passes.gptq import rounded
@@ -42,6 +46,37 @@ def test_products_of_correlated_inputs_lose_less_on_inputs_that_were_not_seen(bi
     assert lost(found, matrix, unseen) < 0.75 * lost(nearest, matrix, unseen)
 
 
+def by_the_book(matrix, hessian, damping, bits, block_size, symmetric):
+    """Row after row, each time with the inverse of what is left: slow, and nothing of it is shared with the pass."""
+    order = np.argsort(-hessian.diagonal(), kind="stable")
+    damped = (hessian + damping * hessian.diagonal().mean() * np.eye(len(hessian)))[np.ix_(order, order)]
+    inverses = [np.linalg.inv(damped[i:, i:]) for i in range(len(order))]
+    importance = np.empty(len(order), np.float32)
+    importance[order] = [1 / inverse[0, 0] for inverse in inverses]
+    start = quantised(matrix, bits, block_size, symmetric=symmetric, importance=importance)
+    left, found = matrix.astype(np.float64), np.empty(matrix.shape)
+    for i, row in enumerate(order):
+        scale, zero = start.scales[:, row // block_size], start.middles()[:, row // block_size]
+        numbers = np.clip(np.rint(left[row] / scale) + zero, 0, 2**bits - 1)
+        found[row] = (numbers - zero) * scale
+        error = (left[row] - found[row]) / inverses[i][0, 0]
+        left[order[i + 1 :]] -= inverses[i][0, 1:, None] * error
+    return found
+
+
+@pytest.mark.parametrize("count", [1000, 10**6])  # in the second, ever so little damping
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
+def test_it_is_what_the_paper_describes(bits, symmetric, count):
+    """Of more rows than learn of their errors at once, in no order of their importance."""
+    rng = np.random.default_rng(2)
+    inputs = (rng.normal(size=(600, 30)) @ rng.normal(size=(30, 150)) + rng.normal(size=(600, 150))).astype(np.float32)
+    inputs *= rng.uniform(0.2, 3, 150).astype(np.float32)
+    matrix, hessian = weights(150, 8), inputs.T @ inputs
+    found = rounded(matrix, torch.from_numpy(hessian), count, bits, 32, symmetric=symmetric).dense()
+    expected = by_the_book(matrix, hessian.astype(np.float64), max(0.01, 150 / count), bits, 32, symmetric)
+    assert np.isclose(found, expected, rtol=1e-4, atol=1e-6).mean() > 0.99  # a tie may fall to either side
+
+
 def test_of_white_inputs_each_number_is_rounded_to_the_nearest():
     matrix = weights(K, N)
     white = rounded(matrix, torch.eye(K), 1000, 4, 32)
@@ -70,7 +105,11 @@ def test_an_input_that_never_comes_does_no_harm():
 @pytest.mark.parametrize("hessian", [torch.zeros(K, K), torch.full((K, K), torch.nan)])
 def test_where_no_inputs_came_or_they_are_no_numbers_the_nearest_is_taken(hessian):
     matrix = weights(K, N)
-    np.testing.assert_array_equal(rounded(matrix, hessian, 0, 4, 32).data, quantised(matrix, 4, 32).data)
+    for symmetric in (True, False):
+        found, nearest = (
+            f(4, 32, symmetric=symmetric) for f in (partial(rounded, matrix, hessian, 0), partial(quantised, matrix))
+        )
+        np.testing.assert_array_equal(found.data, nearest.data)
 
 
 def test_blocks_of_zeros_stay_zeros():
@@ -105,6 +144,20 @@ def test_a_matrix_of_two_products_knows_both_their_inputs():
 def test_matrices_that_are_kept_or_wider_are_not_among_them():
     assert [m.inputs for m in narrow(graph(), Recipe(4, 8, 32, keep=("layers.0.*",)))] == [("y",)]
     assert not narrow(graph(), Recipe(4, 8, 32, wider=("layers.*",)))
+
+
+def test_a_matrix_is_rounded_for_all_its_inputs_when_the_last_of_them_is_known(monkeypatch):
+    x, y = (correlated(rows, seed=rows)[:, :64] for rows in (30, 500))  # few of one: then how many come counts, too
+    known = {"x": Inputs(torch.from_numpy(x.T @ x), len(x)), "y": Inputs(torch.from_numpy(y.T @ y), len(y))}
+    monkeypatch.setattr(rounding, "inputs_of", lambda *given: ({name: known[name]} for name in "xy"))
+    model, recipe = graph(), Recipe(4, 8, 32, symmetric=False)
+    made = rounding.round_for_inputs(None, None, model, recipe, [])
+    matrices = narrow(model, recipe)
+    assert made.keys() == {matrix.key for matrix in matrices}
+    for matrix in matrices:
+        both = np.concatenate([{"x": x, "y": y}[name] for name in matrix.inputs])
+        expected = by_gptq(matrix.matrix(), both, symmetric=False)
+        np.testing.assert_allclose(made[matrix.key].dense(), expected.dense(), atol=1e-6)
 
 
 def test_what_was_made_of_a_matrix_before_is_what_the_graph_gets():

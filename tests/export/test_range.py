@@ -126,6 +126,11 @@ def test_hidden_scores_are_no_values(hidden):
     assert _largest(np.array([hidden, 2 * -hidden, 8.0]) if hidden > -1e38 else scores, np.array([hidden])) > 6
 
 
+def test_a_size_is_that_of_either_sign_and_nothing_has_none():
+    assert _largest(np.array([-9.0, 1.0], np.float32), np.array([])) == 9
+    assert _largest(np.zeros((1, 0, 4), np.float32), np.array([])) == 0
+
+
 def test_who_makes_and_who_reads_a_large_value_stays_float32_and_nobody_else():
     emit, rng = Emitter(), np.random.default_rng(0)
 

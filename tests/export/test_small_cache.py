@@ -70,6 +70,18 @@ def test_features_that_turn_together_are_known_for_keys_alone(write, dims, pairs
     assert (value.past, value.present, value.pairs) == ("past.0.value", "present.0.value", ())
 
 
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_a_key_that_is_laid_out_anew_behind_its_turn_is_known_too(interleaved):
+    g = Graph()
+    q, k, v = g.sides()
+    given = (g.emit.given("position_ids"), *map(g.held, tables(8)))
+    heads_first = g.op("Transpose", g.split(k), perm=[0, 2, 1, 3])
+    key = g.op("RotaryEmbedding", heads_first, *given, domain="com.microsoft", interleaved=interleaved)
+    model = g.finish(g.attend(q, g.rows(g.op("Transpose", key, perm=[0, 2, 1, 3])), v))
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + 4) for i in range(4)]
+    assert [list(entry.pairs) for entry in rounding.entries(model.graph)] == [pairs, []]
+
+
 def test_a_key_that_nothing_turns_has_no_pairs():
     g = Graph()
     model = g.finish(g.attend(*g.sides()))
@@ -89,6 +101,34 @@ def test_what_a_second_attention_reads_stays_as_it_is():
     other = g.attend(q, v, k, layer=1)
     model = g.finish(g.op("Add", g.op("Add", first, second), other))
     assert [entry.past for entry in rounding.entries(model.graph)] == ["past.1.key", "past.1.value"]
+
+
+def past_read_too(g, q, k, v):
+    y = g.attend(q, k, v)
+    return g.op("Add", y, g.op("ReduceSum", g.emit.inputs["past.0.key"], np.array([0, 1, 2, 3]), keepdims=0))
+
+
+def past_computed(g, q, k, v):
+    y = g.attend(q, k, v)
+    (node,) = [node for node in g.emit.nodes if node.op_type == "GroupQueryAttention"]
+    turned = g.op("Neg", node.inputs[3])
+    g.emit.nodes.insert(0, g.emit.nodes.pop())
+    node.replace_input_with(3, turned)
+    return y
+
+
+@pytest.mark.parametrize("make", [past_read_too, past_computed])
+def test_a_past_that_is_not_the_attentions_own_stays_as_it_is(make):
+    g = Graph()
+    model = g.finish(make(g, *g.sides()))
+    assert rounding.entries(model.graph) == []
+
+
+def test_a_key_without_scales_keeps_its_value_wide_too():
+    g = Graph()
+    model = g.finish(g.attend(*g.sides()))
+    assert rounding.run(model, {"past.0.value": np.ones((KV_HEADS, SIZE), np.float32)}) == 0
+    assert {value.dtype for value in model.graph.inputs if value.name.startswith("past")} == {ir.DataType.FLOAT}
 
 
 # -- the operator ---------------------------------------------------------------------------------------------------
@@ -171,10 +211,12 @@ def test_positions_that_a_window_has_forgotten_are_counted_too(tmp_path):
     ids = np.random.default_rng(0).integers(0, 119, 300)
     ids[3] = 119  # a token of its own, long forgotten at the end
     past = manifest.cache[0].past
-    of_all = ranges(tmp_path / "out", [ids[None]], {past: ((0, 8),)})[past]
-    of_end = ranges(tmp_path / "out", [ids[None, 4:]], {past: ((0, 8),)})[past]
-    alone = ranges(tmp_path / "out", [ids[None, 3:4]], {past: ((0, 8),)})[past]
-    np.testing.assert_allclose(of_all[:, 0], np.maximum(of_end, alone)[:, 0], rtol=1e-3)
+    pairs = [(i, i + 8) for i in range(8)]
+    of_all, of_end, alone = (
+        ranges(tmp_path / "out", [part], {past: pairs})[past] for part in (ids[None], ids[None, 4:], ids[None, 3:4])
+    )
+    assert (alone > 1.01 * of_end).any()
+    np.testing.assert_allclose(of_all, np.maximum(of_end, alone), rtol=1e-3)
 
 
 # -- folders --------------------------------------------------------------------------------------------------------
@@ -203,6 +245,20 @@ def test_a_decoder_with_a_small_cache_says_what_it_costs_and_goes_on(build, entr
     assert load_manifest(tmp_path / "out") == report.manifest
     with tfinfer.load(tmp_path / "out") as model:
         assert len(model.generate([1, 2, 3], max_tokens=40, stop_ids=[]).token_ids) == 40
+
+
+def test_scales_leave_room_for_more_than_was_seen_and_keys_may_turn_to_any_position(wide, tmp_path):
+    """Random ids are among what ranges are of, all positions of them, whatever text there is."""
+    export_model(decoder(), tmp_path / "out", cache="int8", attention=False)
+    graph = ir.load(tmp_path / "out" / "decoder.onnx").graph
+    found = rounding.entries(ir.load(wide / "decoder.onnx").graph)
+    seen = ranges(wide, random_ids(120, 1, 48).pieces, {entry.past: entry.pairs for entry in found})
+    assert len(seen) == 4
+    for past, largest in seen.items():
+        scale = graph.initializers[f"{past}.scale"].const_value.numpy()[0, :, 0]
+        assert (scale * 127 / largest).min() >= 1.05
+        half = scale.shape[1] // 2
+        assert np.array_equal(scale[:, :half], scale[:, half:]) == past.endswith("key")
 
 
 def test_small_weights_and_a_small_cache_go_together(tmp_path):
@@ -242,6 +298,8 @@ def test_ranges_are_of_a_users_own_text(tmp_path):
     given = {"cache": "int8", "calibration": text, "attention": False}
     report = export_model(decoder(), tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", **given)
     assert report.manifest.small_cache.calibration == "prose.txt"
+    both = export_model(decoder(), tmp_path / "both", tokenizer=tmp_path / "tokenizer.json", dtype="int4", **given)
+    assert (both.manifest.weights.calibration, both.manifest.small_cache.calibration) == ("prose.txt", "prose.txt")
     stages = []
     with pytest.raises(InputError, match="needs a tokenizer"):
         export_model(decoder(), tmp_path / "none", progress=stages.append, **given)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -60,8 +61,24 @@ def test_what_does_most_damage_is_widened_first_and_no_more_than_needed(wanted, 
 
 
 def test_eight_bits_are_widened_to_float32():
-    found = narrowest(Recipe(8, 8, 128), list(COSTS), 0.85, Judge(COSTS))
+    judge = Judge(COSTS)
+    found = narrowest(Recipe(8, 8, 128), list(COSTS), 0.85, judge)
     assert (found.wider, found.keep) == ((), ("b",))
+    assert sorted(recipe.keep for recipe, brief in judge.tried if brief) == [("a",), ("b",), ("c",), ("d",)]
+
+
+def test_what_a_user_keeps_or_widens_stays_so():
+    given = Recipe(4, 8, 64, keep=("b",), wider=("a",))
+    found = narrowest(given, list(COSTS), 0.95, Judge(COSTS))
+    assert (found.wider, found.keep) == (("a", "d"), ("b",))
+
+
+def test_of_equal_gains_in_first_choices_the_one_that_comes_closest_is_first():
+    def judge(recipe, brief):
+        off = 0.1 if "c" in recipe.wider else 0.5
+        return Found(0.9 if brief or not recipe.wider else 1.0, (SimpleNamespace(worst=off),))
+
+    assert narrowest(Recipe(4, 8, 64), list(COSTS), 0.95, judge).wider == ("c",)
 
 
 def test_neighbours_are_judged_together_and_all_cases_are_run_seldom():

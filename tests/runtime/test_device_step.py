@@ -13,7 +13,7 @@ import pytest
 import tfinfer
 from tfinfer.errors import CudaGraphError, InputError, NonFiniteLogitsError
 from tfinfer.manifest import AttentionSpec
-from tfinfer.session import recorded
+from tfinfer.session import recorded, select
 from tfinfer.session.device_step import CHECKED, PLAIN_STEPS, DeviceStep
 from tfinfer.session.providers import Opened
 from tfinfer.session.recorded import PLAIN, Recording, cannot_record, open_recording
@@ -136,6 +136,32 @@ def test_all_logits_come_where_the_best_cannot_be_told(on_device, monkeypatch):
     assert cache.ids[slot] == [1, 2, 3]
 
 
+def test_as_many_of_the_best_come_as_each_step_asks_for(on_device):
+    """More than are looked for at once are all of them."""
+    decoder = on_device().decoder
+    cache = decoder.open_cache(1, 64)
+    slot = cache.acquire()
+    decoder.prefill(cache, slot, [1, 2])
+    shapes = []
+    for count in (1, 3, 290, 1):
+        logits, ids = decoder.step_best(cache, [slot], [3], count)
+        shapes.append((logits.shape, None if ids is None else ids.shape))
+    assert shapes == [((1, 1), (1, 1)), ((1, 3), (1, 3)), ((1, 297), None), ((1, 1), (1, 1))]
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_a_step_of_other_rows_is_bound_to_those(model, on_device, records):
+    """As many rows as the step before, of the same buffers."""
+    device = on_device(records).decoder
+    caches = [decoder.open_cache(3, 64) for decoder in (model.decoder, device)]
+    slots = [ragged(decoder, cache) for decoder, cache in zip((model.decoder, device), caches)]
+    for number in (2, 0, 1, 2, 2, 0):
+        expected = model.decoder.step(caches[0], [slots[0][number]], [9])
+        found = device.step(caches[1], [slots[1][number]], [9])
+        np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=f"row {number}")
+    assert [caches[1].length(slot) for slot in slots[1]] == [5 + 2, 1 + 1, 2 + 3]
+
+
 def test_logits_that_are_not_finite_are_told_as_ever(on_device, monkeypatch):
     monkeypatch.setattr(DeviceStep, "_run", lambda self: self.logits.owner.fill(np.nan))
     with pytest.raises(NonFiniteLogitsError, match="expected finite logits"):
@@ -162,6 +188,10 @@ def test_prefills_are_never_recorded_and_each_set_of_buffers_has_a_number_of_its
     assert session.released == [1]
 
 
+def test_an_onnxruntime_that_cannot_let_a_recording_go_keeps_it():
+    Recording(object(), False).release(1)
+
+
 @pytest.mark.parametrize("records", [False, True])
 def test_only_a_model_that_records_runs_one_call_at_a_time(on_device, records):
     decoder, held = on_device(records).decoder, []
@@ -183,6 +213,28 @@ def test_only_a_model_that_records_runs_one_call_at_a_time(on_device, records):
     for _ in range(PLAIN_STEPS + CHECKED + 1):
         decoder.step(cache, [slot], [3])
     assert set(held) == {records}
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_what_a_step_copies_and_selects_is_part_of_its_turn(on_device, monkeypatch, best):
+    """Another thread that records meanwhile would be spoiled by it."""
+    decoder, held = on_device(True).decoder, []
+    decoder.memory.turn = threading.RLock()
+
+    def watched(call):
+        return lambda *given: held.append(decoder.memory.turn._is_owned()) or call(*given)
+
+    cache = decoder.open_cache(1, 64)
+    slot = cache.acquire()
+    decoder.prefill(cache, slot, [1, 2])
+    monkeypatch.setattr(decoder.memory, "copy", watched(decoder.memory.copy))
+    monkeypatch.setattr(decoder.memory, "read", watched(decoder.memory.read))
+    monkeypatch.setattr("tfinfer.session.select.run_bound", watched(select.run_bound))
+    if best:
+        decoder.step_best(cache, [slot], [3], 1)
+    else:
+        decoder.step(cache, [slot], [3])
+    assert held == [True, True]
 
 
 def test_another_thread_makes_a_recording_of_its_own(on_device):
@@ -225,6 +277,32 @@ def test_a_recording_that_computes_something_else_is_found(on_device, model, mus
     assert decoder._session.numbers[-1] == PLAIN
 
 
+@pytest.mark.parametrize("share, refused", [(0.008, False), (0.013, True)])
+def test_how_far_a_recording_may_be_off_is_a_share_of_the_largest_logit(on_device, share, refused):
+    decoder = on_device(True).decoder
+    cache = decoder.open_cache(1, 64)
+    slot = cache.acquire()
+    largest = float(np.abs(decoder.prefill(cache, slot, [1, 2, 3])).max())
+    assert largest > 1.3, "a bound that is no share would do the same"
+    decoder._session.wrong = share * largest
+    for _ in range(PLAIN_STEPS + 1):
+        cache.rewind(slot, 2)
+        decoder.step(cache, [slot], [3])
+    assert bool(decoder.recording.off) is refused
+
+
+def test_logits_that_are_no_numbers_say_nothing_against_a_recording(on_device, monkeypatch):
+    """They are told as such, by whoever reads them."""
+    decoder = on_device(True, True).decoder
+    cache = decoder.open_cache(1, 64)
+    slot = cache.acquire()
+    decoder.prefill(cache, slot, [1, 2])
+    monkeypatch.setattr(decoder.memory, "read", lambda buffer: np.full(buffer.shape, np.nan, np.float32))
+    for _ in range(PLAIN_STEPS + CHECKED):
+        assert np.isnan(decoder.step(cache, [slot], [3])).all()
+    assert decoder.recording.off == ""
+
+
 def opens(device="cuda", refusal=None):
     asked = []
 
@@ -254,8 +332,10 @@ def test_a_device_that_records_does_so_when_asked(model, asked, records, monkeyp
     [({"device": "cpu"}, "it computes on the CPU"), ({"refusal": CudaGraphError("not all nodes")}, "not all nodes")],
 )
 def test_a_device_that_does_not_record_is_told(model, how, said):
-    opened, recording, why = open_recording(opens(**how)[0], model.manifest, None)
+    open_, tried = opens(**how)
+    opened, recording, why = open_recording(open_, model.manifest, None)
     assert recording is None
+    assert len(tried) == (2 if how.get("refusal") else 1)  # weights are read no more often than they must be
     assert said in why
     assert opened.session is not None
     with pytest.raises(CudaGraphError, match=said):

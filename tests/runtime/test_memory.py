@@ -322,6 +322,14 @@ def test_buffers_made_together_lie_in_one_block_and_apart_from_each_other():
     assert memory.allocate_all([]) == []
 
 
+def test_buffers_made_together_are_what_each_would_be_alone(memory):
+    for buffer, (shape, dtype) in zip(memory.allocate_all(PARTS), PARTS, strict=True):
+        alone = memory.allocate(shape, dtype)
+        assert (buffer.shape, buffer.dtype, buffer.nbytes) == (alone.shape, alone.dtype, alone.nbytes)
+        assert buffer.pointer != 0
+        assert not memory.read(buffer).any()
+
+
 def test_a_block_that_does_not_fit_is_told():
     with pytest.raises(ProviderError, match="no memory"):
         HostMemory().allocate_all([((1 << 61,), "float32")] * 2)

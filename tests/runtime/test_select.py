@@ -1,5 +1,8 @@
 """The best logits are found where they lie, as numpy finds them; where few cannot tell, all of them are asked for."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -48,6 +51,24 @@ def test_equal_ones_come_by_their_ids_from_every_part():
     assert best_of(logits, 3)[1].tolist() == [[123, 20000, 49999]]
 
 
+def test_a_number_that_is_none_in_one_row_is_enough_to_tell_nothing():
+    """Wherever it stands: it has no place among the best."""
+    logits = np.random.default_rng(0).normal(size=(2, 5000)).astype(np.float32)
+    assert best_of(logits, 1) is not None
+    logits[1, 4321] = np.nan
+    assert best_of(logits, 1) is None
+
+
+def test_what_is_bound_lives_as_long_as_the_selection():
+    logits = np.zeros((1, 5000), np.float32)
+    logits[0, 77], alive = 1, weakref.ref(logits)
+    selection = Selecting(5000, "float32", "cpu", ONE).bind(buffer_of(logits), 1)
+    del logits
+    gc.collect()
+    assert alive() is not None
+    assert selection.run()[1].tolist() == [[77]]
+
+
 @pytest.mark.parametrize("spoil", [np.nan, 0.0, -np.inf], ids=["NaN", "more equal ones than are looked at", "-inf"])
 def test_what_few_cannot_tell_is_not_told(spoil):
     logits = np.full((2, 5000), spoil, np.float32)
@@ -61,7 +82,9 @@ def test_logits_of_half_width_are_read_too():
     assert best_of(logits, 3)[1].tolist() == np.argsort(-logits, axis=1)[:, :3].tolist()
 
 
-@pytest.mark.parametrize("num_logits, parts", [(128256, 128), (151936, 128), (50257, 29), (4099, 1), (297, 1), (10, 1)])
+@pytest.mark.parametrize(
+    "num_logits, parts", [(128256, 128), (151936, 128), (50257, 29), (4099, 1), (297, 1), (10, 1), (4000, 10), (514, 2)]
+)
 def test_parts_are_equal_and_wide_enough(num_logits, parts):
     assert _parts(num_logits) == parts
     assert num_logits % parts == 0
@@ -71,6 +94,8 @@ def test_parts_are_equal_and_wide_enough(num_logits, parts):
 def test_only_counts_that_fit_are_taken():
     selecting = Selecting(100, "float32", "cpu", ONE)
     assert [selecting.takes(count) for count in (0, 1, 92, 93)] == [False, True, True, False]
+    selecting = Selecting(5000, "float32", "cpu", ONE)
+    assert [selecting.takes(count) for count in (MOST, MOST + 1)] == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""The oldest onnxruntime that computes a graph right is that of the operator which needs the newest."""
+
+import onnx_ir as ir
+import pytest
+
+from tfinfer.export.runtimes import least_runtime
+
+CONTRIB = "com.microsoft"
+
+
+def value(name, node=None):
+    return ir.Value(node, name=name) if node is None else node.outputs[0]
+
+
+def attention(past=None, **attributes):
+    """past: the node that fills what it reads; None: an input of the graph does."""
+    inputs = [value(name) for name in "qkv"] + [value("past", past), value("past_value", past)]
+    return ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB)
+
+
+def graph(*nodes):
+    return ir.Model(ir.Graph([], [], nodes=nodes, opset_imports={"": 21, CONTRIB: 1}), ir_version=10)
+
+
+def plain(op_type):
+    return ir.node(op_type, [value("x")])
+
+
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [
+        (lambda: [plain("MatMul")], "1.24"),
+        (lambda: [attention()], "1.24"),
+        (lambda: [plain("TensorScatter"), attention()], "1.25"),
+        (lambda: [attention(kv_cache_bit_width=8)], "1.28"),
+        (lambda: [plain("TensorScatter"), plain("Attention")], "1.28"),
+        (lambda: [plain("Attention"), plain("SkipLayerNormalization")], "1.30"),
+        (lambda: [plain("SkipSimplifiedLayerNormalization"), attention(kv_cache_bit_width=8)], "1.30"),
+        (lambda: [first := plain("Identity"), attention(first), plain("SkipLayerNormalization")], "1.31"),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_the_newest_that_is_needed(make, least):
+    nodes = make()
+    assert least_runtime([graph(*nodes)]) == least
+    assert least_runtime([graph(plain("Add")), graph(*make())]) == least  # whichever of a folder's graphs has it
+
+
+def test_an_operator_within_a_branch_counts():
+    branch = ir.Graph([], [], nodes=[plain("Attention")])
+    choice = ir.node("If", [value("which")], {"then_branch": branch, "else_branch": ir.Graph([], [], nodes=[])})
+    assert least_runtime([graph(choice)]) == "1.28"
