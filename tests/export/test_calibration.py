@@ -85,6 +85,20 @@ def test_text_that_nothing_can_be_calibrated_on_is_refused(content, given, words
         read_text(file, given, 48, 60)
 
 
+def test_a_text_stays_within_what_the_model_and_memory_hold(tmp_path):
+    file = text_file(tmp_path, [f"w{i % 50}" for i in range(300)])
+    assert [piece.shape for piece in read_text(file, tokenizer(), 1000, 53).pieces] == [(1, 256), (1, 48)]
+    with pytest.raises(InputError, match="the tokenizer makes id 52 of it, but the model knows 52"):
+        read_text(file, tokenizer(), 1000, 52)
+    assert read_text(file, tokenizer(), 3, 53).pieces[0].shape == (1, 3)
+    with pytest.raises(InputError, match="longest length, 2, has no room for text"):
+        read_text(file, tokenizer(), 2, 53)
+
+
+def test_random_ids_are_the_same_each_time():
+    np.testing.assert_array_equal(random_ids(60, 2, 9).pieces, random_ids(60, 2, 9).pieces)
+
+
 def test_a_model_writes_the_same_text_for_the_same_seed(folder):
     session = open_session(load_manifest(folder), folder)
     try:
