@@ -76,7 +76,7 @@ def _writes_alone(node: fx.Node) -> bool:
     if node.target is aten.detach_.default:
         return source.target is aten.lift_fresh_copy.default and all(user.op != "output" for user in node.users)
     if node.target is aten.index_add_.default and node.all_input_nodes.count(source) == 1:
-        return source.target in ZEROS or source.target is aten.index_add_.default and _writes_alone(source)
+        return source.target in ZEROS or (source.target is aten.index_add_.default and _writes_alone(source))
     return False
 
 
