@@ -24,6 +24,14 @@ LOOPS = {
     aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input,
     aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data,
 }  # fmt: skip
+# Comparisons by their longer names. To trace a whole program again for one of them takes as long as to trace it.
+SYNONYMS = {
+    getattr(getattr(aten, name), kind): getattr(getattr(aten, short), kind)
+    for name, short in (
+        ("greater", "gt"), ("greater_equal", "ge"), ("less", "lt"), ("less_equal", "le"), ("not_equal", "ne"),
+    )
+    for kind in ("Tensor", "Scalar")
+}  # fmt: skip
 
 Reads = Callable[[fx.Node], Sequence[fx.Node]]
 
@@ -33,6 +41,7 @@ def decomposed(program: ExportedProgram, reads: Reads) -> ExportedProgram:
 
     reads: the inputs whose values matter to a node.
     """
+    _shorten(program)
     found, core = program, core_aten_decompositions()
     for _ in range(ROUNDS):
         unknown = unknown_operations(found, reads)
@@ -46,6 +55,12 @@ def decomposed(program: ExportedProgram, reads: Reads) -> ExportedProgram:
         except Exception:
             return program  # a definition that asks for numbers where there are symbols
     return program
+
+
+def _shorten(program: ExportedProgram) -> None:
+    """Give every synonym the name that has a rule, in place: torch's own definition is no more than this."""
+    for node in program.graph.nodes:
+        node.target = SYNONYMS.get(node.target, node.target)
 
 
 def unknown_operations(program: ExportedProgram, reads: Reads) -> set[Any]:

@@ -38,7 +38,7 @@ def functional(
     except ASKED_OF_VALUES:
         with AllExperts():
             program = torch.export.export(module, samples, dynamic_shapes=dynamic)
-    program = program.run_decompositions({})
+    program = without_writes(program)
     if draw is not None:
         _check_answers(module, without_assertions(program), partial(draw, _least_length(program)))
     return program

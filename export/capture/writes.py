@@ -20,6 +20,11 @@ COPIES = {
 }  # fmt: skip
 # Views that torch defines by others, and that are followed as they are.
 FOLLOWED = {aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.chunk.default}
+# Other names of a transpose, and the dimensions where no argument says them.
+EXCHANGED: dict[Any, tuple[int, ...]] = {
+    aten.mT.default: (-2, -1), aten.swapaxes.default: (), aten.swapdims.default: (),
+}  # fmt: skip
+ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 # Arithmetic on sizes.
 NUMBERS = {
     operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg,
@@ -35,6 +40,8 @@ def without_writes(program: torch.export.ExportedProgram) -> torch.export.Export
         return program.run_decompositions({})
     graph = program.graph
     for node in nodes:
+        _rename(graph, node)
+    for node in list(graph.nodes):
         read_outside = any(user.op == "output" for user in node.users)  # the signature has its name
         if (node.target in COPIES or node.target is aten.dropout.default) and not read_outside:
             _as_one_copy(graph, node)
@@ -49,6 +56,8 @@ def _is_plain(node: fx.Node) -> bool:
     target: Any = node.target
     if not isinstance(target, OpOverload):
         return target in NUMBERS or f"{target.__module__}.{target.__name__}".startswith("torch.sym_")
+    if _writes_alone(node) or target in EXCHANGED:
+        return True
     if target._schema.is_mutable or target.namespace not in ("aten", "prims"):
         return False
     if target in COPIES or target in FOLLOWED:
@@ -57,6 +66,30 @@ def _is_plain(node: fx.Node) -> bool:
         return node.args[2] is False
     views = any(value.alias_info is not None for value in target._schema.returns)
     return not (views and torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), COMPOSITE))
+
+
+def _writes_alone(node: fx.Node) -> bool:
+    """Whether nothing else can see what a write changes: sums of experts added into zeros, a number made a tensor."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or len(source.users) != 1:
+        return False
+    if node.target is aten.detach_.default:
+        return source.target is aten.lift_fresh_copy.default and all(user.op != "output" for user in node.users)
+    if node.target is aten.index_add_.default and node.all_input_nodes.count(source) == 1:
+        return source.target in ZEROS or (source.target is aten.index_add_.default and _writes_alone(source))
+    return False
+
+
+def _rename(graph: fx.Graph, node: fx.Node) -> None:
+    """What writes alone, or is a transpose by another name, as torch would have it."""
+    if node.target is aten.detach_.default:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.erase_node(node)
+    elif node.target is aten.index_add_.default:
+        node.target = aten.index_add.default
+    elif node.target in EXCHANGED:
+        node.args += EXCHANGED[node.target]
+        node.target = aten.transpose.int
 
 
 def _as_one_copy(graph: fx.Graph, node: fx.Node) -> None:
