@@ -4,6 +4,8 @@ onnxruntime computes most of a float16 graph in float32 on a CPU, and leaves out
 that nothing overflows there: ONNX's own evaluator computes every node in its width.
 """
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -129,6 +131,24 @@ def test_hidden_scores_are_no_values(hidden):
 def test_a_size_is_that_of_either_sign_and_nothing_has_none():
     assert _largest(np.array([-9.0, 1.0], np.float32), np.array([])) == 9
     assert _largest(np.zeros((1, 0, 4), np.float32), np.array([])) == 0
+
+
+def test_the_largest_of_all_runs_counts_and_ids_do_not(tmp_path, monkeypatch):
+    export_model(handwritten.Learned(), tmp_path / "out", attention=False, max_length=48)
+    pieces = []
+
+    def watch(manifest, folder, names, given, take):
+        pieces.extend(given)
+        for array in (np.float32([1, -2]), np.float32([7, -9]), np.float32([3])):
+            take("a", array)
+        take("ids", np.array([10**9]))
+
+    magnitudes = sys.modules["tfinfer.export.calibration.magnitudes"]  # the package has a function of this name
+    monkeypatch.setattr(magnitudes, "watch", watch)
+    graph = ir.load(tmp_path / "out" / "decoder.onnx").graph
+    found = magnitudes.magnitudes(load_manifest(tmp_path / "out"), tmp_path / "out", graph)
+    assert found.largest == {"a": 9}
+    assert sum(piece.size for piece in pieces) == found.tokens == 2 * magnitudes.ROWS * 48
 
 
 def test_who_makes_and_who_reads_a_large_value_stays_float32_and_nobody_else():
