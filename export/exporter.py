@@ -93,7 +93,7 @@ def export_model(
         out: the folder to make; whole or not at all.
         max_length, max_source_length: the longest sequence; by default the module's own, at most 4096.
         dtype: "fp32", "fp16" or "bf16", of weights, cache and most activations; "int8" or "int4": weights by blocks of
-            128 or 64, activations stay float32. All but fp32 for decoders only.
+            128, activations stay float32. All but fp32 for decoders only.
         flavor: "ort" (GroupQueryAttention where it fits) or "standard" (ONNX operators only, for decoders).
         kind: "decoder", "encoder", "encoder-decoder", or "auto": what the source says, or else its trace shows.
         inputs: of a module that takes something else than ids, as "pixels:float32[batch,3,height,width]".

@@ -22,7 +22,7 @@ from .passes import quantise
 from .passes.quantise import Made, Recipe, weights_of
 
 # The head and the embedding keep 8 bits: a rounding there is a rounding of every token.
-RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 64)}
+RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 128)}
 BLOCK_SIZES = (32, 64, 128)
 QUANTISERS = ("rtn", "gptq")
 GROUPS = 24  # of neighbouring matrices, whose damage is measured together
@@ -37,9 +37,9 @@ Judge = Callable[[Recipe, bool], Verdict]  # of a recipe: what its graph compute
 class Small:
     """What a user asks of small weights beside their bits.
 
-    block_size: numbers that share a scale, 32, 64 or 128; None: 64 for 4 bits, 128 for 8. symmetric: without zero
-    points. keep: patterns of the names of weights that stay float32. agreement: the least share of first choices that
-    must be PyTorch's, for which matrices are widened where that helps most. quantiser: "rtn" or "gptq"; None: gptq for
+    block_size: numbers that share a scale, 32, 64 or 128; None: 128. symmetric: without zero points. keep: patterns
+    of the names of weights that stay float32. agreement: the least share of first choices that must be PyTorch's, for
+    which matrices are widened where that helps most. quantiser: "rtn" or "gptq"; None: gptq for
     4 bits, rtn for 8, where gptq gains next to nothing.
     """
 

@@ -28,9 +28,10 @@ LEAST_WIDTH = 32  # of a matrix worth it; also the smallest block
 class Recipe:
     """How weights become small.
 
-    bits: of products. head_bits: of the last product and of the embedding. block_size: numbers that share a scale.
-    wider: patterns of names of weights that get 8 bits. keep: of those that stay as they are. The name of a weight is
-    the module's own; one that was joined of several goes by all of theirs.
+    bits: of products. head_bits: of the last product and of the embedding. block_size: numbers that share a scale; of
+    the last product and the embedding fewer where that fills their rows, as `filling` has it. wider: patterns of names
+    of weights that get 8 bits. keep: of those that stay as they are. The name of a weight is the module's own; one that
+    was joined of several goes by all of theirs.
     """
 
     bits: int
@@ -91,14 +92,23 @@ def narrow(model: ir.Model, recipe: Recipe) -> list[Narrow]:
         assert tensor is not None
         assert x is not None
         transposed = node.op_type == "FusedMatMul"
-        key = _key(tensor, transposed, recipe.bits, recipe)
+        key = _key(tensor, transposed, recipe.bits, recipe.block_size, recipe)
         inputs = found[key].inputs if key in found else ()
         found[key] = Narrow(key, tensor, transposed, tuple(dict.fromkeys((*inputs, str(x.name)))))
     return list(found.values())
 
 
-def _key(tensor: ir.TensorProtocol, transposed: bool, bits: int, recipe: Recipe) -> Key:
-    return id(tensor), transposed, bits, recipe.block_size, recipe.symmetric
+def filling(k: int, block_size: int) -> int:
+    """The size of blocks that fill rows of `k` numbers, `block_size` at most; that itself where none does.
+
+    A table whose rows end within a block is no head's at the same time, and what fills the block up is read as well.
+    """
+    sizes = (block_size >> halved for halved in range(block_size.bit_length()))
+    return next((size for size in sizes if size >= LEAST_WIDTH and k % size == 0), block_size)
+
+
+def _key(tensor: ir.TensorProtocol, transposed: bool, bits: int, block_size: int, recipe: Recipe) -> Key:
+    return id(tensor), transposed, bits, block_size, recipe.symmetric
 
 
 def _names(weight: ir.Value) -> tuple[str, ...]:
@@ -125,27 +135,27 @@ class _Quantising:
             if _is_embedding(node):
                 self._embedding(node, self.recipe.head_bits)
             else:
-                wide = _is_named(weight, self.recipe.wider)
-                self._product(node, 8 if wide else self.recipe.head_bits if node in heads else self.recipe.bits)
+                self._product(node, weight, node in heads)
             fired += 1
         return fired
 
-    def _blocks(self, weight: ir.Value, transposed: bool, bits: int) -> Blocks:
+    def _blocks(self, weight: ir.Value, transposed: bool, bits: int, fills: bool) -> Blocks:
         """transposed: whether the weight lies (columns, k) already, as an embedding does."""
         tensor, recipe = weight.const_value, self.recipe
         assert tensor is not None
-        key = _key(tensor, transposed, bits, recipe)
+        k = int(tensor.shape.numpy()[transposed])
+        size = filling(k, recipe.block_size) if fills else recipe.block_size
+        key = _key(tensor, transposed, bits, size, recipe)
         if key not in self.made:
             matrix = tensor.numpy().T if transposed else tensor.numpy()
             search = recipe.search and bits < 8  # 8 bits leave nothing to gain
-            self.made[key] = quantised(matrix, bits, recipe.block_size, symmetric=recipe.symmetric, search=search)
+            self.made[key] = quantised(matrix, bits, size, symmetric=recipe.symmetric, search=search)
         return self.made[key]
 
-    def _product(self, node: ir.Node, bits: int) -> None:
-        weight = node.inputs[1]
-        assert weight is not None
-        transposed = node.op_type == "FusedMatMul"
-        blocks = self._blocks(weight, transposed, bits)
+    def _product(self, node: ir.Node, weight: ir.Value, is_head: bool) -> None:
+        wide = 8 if _is_named(weight, self.recipe.wider) else 0
+        bits = wide or (self.recipe.head_bits if is_head else self.recipe.bits)
+        blocks = self._blocks(weight, node.op_type == "FusedMatMul", bits, is_head)
         attributes = {
             "K": blocks.k, "N": len(blocks.data), "bits": bits, "block_size": blocks.block_size,
             "accuracy_level": ROUNDED,
@@ -159,7 +169,7 @@ class _Quantising:
     def _embedding(self, node: ir.Node, bits: int) -> None:
         weight = node.inputs[0]
         assert weight is not None
-        blocks = self._blocks(weight, True, bits)
+        blocks = self._blocks(weight, True, bits, True)
         attributes = {"bits": bits, "block_size": blocks.block_size, "gather_axis": 0, "quantize_axis": 1}
         name = f"{weight.name}.rows{bits}"
         rows = blocks.data.reshape(len(blocks.data), -1)[:, : blocks.k * bits // 8]  # without what fills the last block

@@ -101,11 +101,25 @@ def test_a_decoder_with_small_weights_says_what_they_cost_and_verifies(dtype, sh
     assert (types["GatherBlockQuantized"], types["MatMul"]) == (1, 0)
 
 
+@pytest.mark.parametrize("k, size", [(256, 128), (576, 64), (96, 32), (80, 128)])
+def test_rows_are_filled_by_the_largest_blocks_that_can(k, size):
+    assert quantise.filling(k, 128) == size
+    assert quantise.filling(k, 32) == 32
+
+
+@pytest.mark.parametrize("hidden", [128, 96])
+def test_a_table_that_is_embedding_and_head_is_stored_once_whatever_its_width(hidden, tmp_path):
+    module = decoder(vocab_size=3000, hidden_size=hidden, intermediate_size=64, num_layers=1)
+    export_model(module, tmp_path / "out", dtype="int8", attention=False)
+    of_table = 3000 * hidden * (1 + 4 / quantise.filling(hidden, 128))  # bytes and float32 scales
+    assert of_table < (tmp_path / "out" / "weights.bin").stat().st_size < 1.6 * of_table
+
+
 def test_inspect_tells_how_weights_were_made_small(tmp_path):
     export_model(decoder(), tmp_path / "out", dtype="int4")
     told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")])
     said = " ".join(told.output.split())
-    assert "int4 in blocks of 64, head and embedding int8, gptq on 2560 tokens of its own text; " in said
+    assert "int4 in blocks of 128, head and embedding int8, gptq on 2560 tokens of its own text; " in said
 
 
 def test_small_weights_that_are_damaged_fail_their_proof(tmp_path):
