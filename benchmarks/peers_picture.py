@@ -30,16 +30,21 @@ def draw(records: Sequence[dict[str, Any]], file: Path, rates: Mapping[str, Any]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["shape"], record["bits"]), []).append(record)
-    rows = len(groups) + (rates is not None)
+    rows = len(groups) + 1
     figure, axes = plt.subplots(rows, 2, figsize=(13, 2.9 * rows), squeeze=False)
+    free = list(axes[-1])
     for (left, right), group in zip(axes, groups.values()):
         _bars(left, min(group, key=lambda record: record["prompt"]))
-        _contexts(right, group)
+        if len(group) > 1:
+            _contexts(right, group)
+        else:
+            free.insert(0, right)
     if rates is not None:
-        _batches(axes[-1, 0], rates)
-        axes[-1, 1].axis("off")
+        _batches(free.pop(0), rates)
+    for axis in free:
+        axis.remove()
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=80, bbox_inches="tight")  # without the rows that stay empty
     plt.close(figure)
 
 

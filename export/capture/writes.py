@@ -42,8 +42,7 @@ def without_writes(program: torch.export.ExportedProgram) -> torch.export.Export
     for node in nodes:
         _rename(graph, node)
     for node in list(graph.nodes):
-        read_outside = any(user.op == "output" for user in node.users)  # the signature has its name
-        if (node.target in COPIES or node.target is aten.dropout.default) and not read_outside:
+        if node.target in COPIES or node.target is aten.dropout.default:
             _as_one_copy(graph, node)
     graph.eliminate_dead_code(_stays)
     graph.lint()
@@ -96,18 +95,16 @@ def _as_one_copy(graph: fx.Graph, node: fx.Node) -> None:
     """Nothing where the type stays, else a copy of the new type."""
     source: Any = node.args[0]
     have, want = source.meta["val"].dtype, node.meta["val"].dtype
-    made = None
+    read_outside = any(user.op == "output" for user in node.users)  # the signature has its name
     if have != want:
-        with graph.inserting_before(node):
-            made = graph.call_function(aten._to_copy.default, (source,), {"dtype": want})
+        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": want}
     elif node.target is aten.contiguous.default:  # a view behind it needs what it does
-        with graph.inserting_before(node):
-            made = graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
-    if made is not None:
-        made.meta = dict(node.meta)
-        source = made
-    node.replace_all_uses_with(source)
-    graph.erase_node(node)
+        node.target, node.args, node.kwargs = (
+            aten.clone.default, (source,), {"memory_format": torch.contiguous_format},
+        )  # fmt: skip
+    elif not read_outside:
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
 
 
 def _stays(node: fx.Node) -> bool:
