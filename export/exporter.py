@@ -196,7 +196,7 @@ class _Export:
             for model in graphs.values():
                 pipeline.run(model, self.asked.flavor, narrow=self.width != "fp32")
             rounding = Rounding(job) if self.chosen.cache == "int8" else None
-            shrinking = Shrinking(graphs, folder, self.chosen.small, self.dtype) if self.dtype in RECIPES else None
+            shrinking = self._shrinking(graphs, folder)
             self.calibration = self._calibration(job)
             self.stage("write")
             give_back(self.source.module)  # what capturing took
@@ -226,6 +226,11 @@ class _Export:
         pipeline.run(observed.model, self.asked.flavor)
         joined.take_parts(observed.model, others.values())
         return {"attention": observed.model}
+
+    def _shrinking(self, graphs: dict[str, ir.Model], folder: Path) -> Shrinking | None:
+        if self.dtype not in RECIPES:
+            return None
+        return Shrinking(graphs, folder, self.chosen.small, self.dtype, reads_prompts=self.width == "fp32")
 
     # -- proof --------------------------------------------------------------------------------------------------
     def _prove(

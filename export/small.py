@@ -20,6 +20,7 @@ from .calibration import Calibration, CalibrationIds
 from .calibration.rounding import round_for_inputs
 from .passes import quantise
 from .passes.quantise import Made, Recipe, weights_of
+from .prompt import PROMPT, prompt_graph
 
 # The head and the embedding keep 8 bits: a rounding there is a rounding of every token.
 RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 128)}
@@ -101,8 +102,11 @@ class Shrinking:
     Raises InputError for names that no weight has, before anything is computed.
     """
 
-    def __init__(self, graphs: Mapping[str, ir.Model], folder: Path, small: Small, dtype: str) -> None:
+    def __init__(
+        self, graphs: Mapping[str, ir.Model], folder: Path, small: Small, dtype: str, reads_prompts: bool = True
+    ) -> None:
         self.whole, self.folder, self.small = graphs, folder, small
+        self.reads_prompts = reads_prompts  # whether to add the graph that reads prompts by products in float32
         self.quantiser = small.quantiser_of(dtype)
         self.ids: CalibrationIds | None = None
         self._weights = [names for model in graphs.values() for names in weights_of(model)]
@@ -134,12 +138,14 @@ class Shrinking:
         """Write the graphs by a recipe and prove them."""
         self.graphs = {name: model.clone() for name, model in self.whole.items()}
         count = sum(quantise.run(model, recipe, self._made) for model in self.graphs.values())
+        if self.reads_prompts and (model := prompt_graph(self.graphs["decoder"])) is not None:
+            self.graphs[PROMPT] = model
         (self.folder / graph_files.WEIGHTS).unlink()
         graph_files.save(self.graphs, self.folder)
         self.spec = WeightsSpec(
             recipe.bits, recipe.head_bits, recipe.block_size, recipe.symmetric, count,
             wider=len(set(recipe.wider) - set(recipe.keep)),
-            kept=sum(len(weights_of(model)) for model in self.graphs.values()),
+            kept=sum(len(weights_of(self.graphs[name])) for name in self.whole),
             quantiser=self.quantiser, calibration=self.ids.origin if self.ids else None,
             calibration_tokens=self.ids.tokens if self.ids else 0,
         )  # fmt: skip

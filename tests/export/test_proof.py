@@ -62,6 +62,7 @@ class FakeDecoder:
 
     device = "cpu"
     block = 1  # capacities are multiples of this
+    prompts = None
 
     def __init__(self, all_rows=True):
         self.manifest = SimpleNamespace(all_rows=all_rows, source=SimpleNamespace(kind="module"))

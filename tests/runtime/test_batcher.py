@@ -172,9 +172,9 @@ def test_who_is_done_before_a_step_fails_gets_what_it_asked_for(remembering):
     model = remembering("positions")
     prefill, step, broken = model.decoder.prefill, model.decoder.step, []
 
-    def prefills(cache, slot, ids):
+    def prefills(cache, slot, ids, *, keep):
         broken.extend([True] * (list(ids) == [2]))  # the very next step, in which this prompt takes no part
-        return prefill(cache, slot, ids)
+        return prefill(cache, slot, ids, keep=keep)
 
     def steps(cache, slots, ids):
         if broken:
@@ -221,7 +221,7 @@ def test_a_graph_that_takes_one_token_at_a_time_gets_short_pieces(remembering):
     model = remembering("positions")
     model.manifest = dataclasses.replace(model.manifest, appends_one=True)
     prefill, lengths = model.decoder.prefill, []
-    model.decoder.prefill = lambda cache, slot, ids: (lengths.append(len(ids)), prefill(cache, slot, ids))[1]
+    model.decoder.prefill = lambda cache, slot, ids, *, keep: (lengths.append(len(ids)), prefill(cache, slot, ids))[1]
     with model.batcher(1, piece=64) as batcher:
         batcher.generate([1] * 20, max_tokens=2, stop_ids=[])
     assert lengths == [8, 8, 4]

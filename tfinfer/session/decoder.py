@@ -21,6 +21,7 @@ from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
+from tfinfer.session.prompt import PROMPT, PromptGraph
 from tfinfer.session.providers import listed_providers
 from tfinfer.session.recorded import open_recording
 from tfinfer.session.select import WORTH, Selecting
@@ -63,6 +64,7 @@ class Decoder:
         self.settings = opened.settings
         self._session: Any = opened.session
         self._check_signature()
+        self.prompts = self._prompts(folder, threads, how)
         self.memory: HostMemory | CudaMemory = CudaMemory() if self.device == "cuda" else HostMemory()
         self.step_kind: type[BoundStep] | type[DeviceStep] = BoundStep if self.device == "cpu" else DeviceStep
         self.selecting = self._open_selecting()
@@ -92,6 +94,16 @@ class Decoder:
         self.keep_shape = tuple(axis if isinstance(axis, int) else 1 for axis in axes)
         self.keep_required = roles.logits_to_keep in {value.name for value in session.get_inputs()}
 
+    def _prompts(self, folder: Path, threads: int | None, how: OnCpu | None) -> PromptGraph | None:
+        """What reads long prompts; None where the folder has no graph for it, or a device computes."""
+        graph = self.manifest.graphs.get(PROMPT)
+        if graph is None or self.device != "cpu":
+            return None
+
+        return PromptGraph(
+            lambda: open_graph(folder, graph, "cpu", threads, how), [folder / name for name in self.manifest.files]
+        )
+
     def _open_selecting(self) -> Selecting | None:
         """What finds the best logits on a device; None where copying all of them is as good, or all there is."""
         if self.device == "cpu" or self.manifest.num_logits < WORTH:
@@ -114,6 +126,8 @@ class Decoder:
     def close(self) -> None:
         """Let the graph go; calls after this raise ClosedError."""
         self._session = self.selecting = self.recording = None
+        if self.prompts is not None:
+            self.prompts.close()
 
     def open_cache(self, slots: int = 1, capacity: int = 256) -> Cache:
         """An empty cache of `slots` sequences of up to `capacity` positions; it grows when a slot needs more."""
@@ -129,58 +143,66 @@ class Decoder:
 
     # -- running ------------------------------------------------------------------------------------------------
     def prefill(self, cache: Cache, slot: int, ids: Sequence[int] | Ids, *, keep: int = 1) -> Logits:
-        """Append `ids` to a slot; returns the logits of the last `keep` of them, (keep, num_logits).
+        """Append `ids` to a slot; returns the logits of the last `keep` of them, (keep, num_logits); 0: of none.
 
         Raises InputError for wrong ids and LengthError past the model's longest length. Whatever is raised, the slot
         then holds what it did.
         """
         array = self.check_ids(ids)
         most = len(array) if self.manifest.all_rows else 1
-        if not 1 <= keep <= most:
-            raise InputError(f"expected keep to be from 1 to {most} for {len(array)} positions, got {keep}")
+        if not 0 <= keep <= most:
+            raise InputError(f"expected keep to be from 0 to {most} for {len(array)} positions, got {keep}")
         before, longest = cache.length(slot), self.manifest.max_length
         if before + len(array) > longest:
             raise LengthError(f"{before} + {len(array)} positions are more than the model's longest length, {longest}")
         if len(array) <= cache.most_at_once:
             cache.reserve(slot, len(array))
         snapshot = cache.snapshot(slot)
-        pieces = []
+        logits = []
         try:
             left = len(array)
-            for piece in self._pieces(array, before, cache):
+            for piece, reads_only in self._pieces(array, before, cache, keep):
                 cache.reserve(slot, len(piece))
                 left -= len(piece)
-                pieces.append(self._append(cache, slot, piece, max(1, min(len(piece), keep - left))))
+                wanted = max(1, min(len(piece), keep - left))
+                found = self._append(cache, slot, piece, 0 if reads_only else wanted)
+                logits.append(found[len(found) - max(0, keep - left) :])
                 cache.ids[slot] += piece.tolist()
         except Exception:
             cache.restore(slot, snapshot)
             raise
-        kept: Logits = np.concatenate(pieces)[-keep:]
+        kept: Logits = np.concatenate(logits)
         return kept
 
-    def _pieces(self, ids: Ids, past: int, cache: Cache) -> list[Ids]:
-        """What of a prompt goes through at once, behind `past` positions."""
+    def _pieces(self, ids: Ids, past: int, cache: Cache, keep: int) -> list[tuple[Ids, bool]]:
+        """What of a prompt goes through at once, behind `past` positions, and whether by the graph that only reads."""
         size = min(PREFILL_CHUNK, cache.most_at_once)
+        read = 0 if self.prompts is None else self.prompts.share(len(ids) - keep, size)
+        pieces = [(ids[at : min(at + size, read)], True) for at in range(0, read, size)]
+        ids, past = ids[read:], past + read
         first = min(size, len(ids)) if past == 0 or not self.manifest.appends_one else 0
         step = 1 if self.manifest.appends_one else size
-        return [ids[:first]] * (first > 0) + [ids[at : at + step] for at in range(first, len(ids), step)]
+        rest = [ids[:first]] * (first > 0) + [ids[at : at + step] for at in range(first, len(ids), step)]
+        return pieces + [(piece, False) for piece in rest]
 
     def _append(self, cache: Cache, slot: int, ids: Ids, keep: int) -> Logits:
+        """The logits of the last `keep` of `ids`; 0: by the graph that only reads, which gives none."""
         row = cache.row(slot)
         past, roles = int(cache.lengths[row]), self.roles
-        binding = self._binding()
+        binding = self._opened(reads_only := keep == 0).io_binding()
         total = past - int(cache.dropped[row]) + len(ids)
         held = [ids[None], np.ones((1, total), np.int64), np.arange(past, past + len(ids))[None]]
         for name, array in zip((roles.input_ids, roles.attention_mask, roles.position_ids), held):
             if name is not None:
                 binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
-        self._bind_keep(binding, keep)
         logits = np.empty((1, len(ids) if self.all_logits else keep, self.manifest.num_logits), self.logits_dtype)
-        binding.bind_output(roles.logits, "cpu", 0, self.logits_dtype, logits.shape, logits.ctypes.data)
+        if keep:
+            self._bind_keep(binding, keep)
+            binding.bind_output(roles.logits, "cpu", 0, self.logits_dtype, logits.shape, logits.ctypes.data)
         self._bind_cache(binding, cache, row, 1)
-        self._run(binding)
+        self._run(binding, reads_only=reads_only)
         cache.lengths[row] += len(ids)
-        return logits[0, -keep:].astype(np.float32, copy=False)
+        return logits[0, logits.shape[1] - keep :].astype(np.float32, copy=False)
 
     def _bind_keep(self, binding: Any, keep: int) -> None:
         """Ask for the logits of the last `keep` positions, where the graph can be asked."""
@@ -223,9 +245,14 @@ class Decoder:
         return bound
 
     def _binding(self) -> Any:
-        if self._session is None:
+        return self._opened().io_binding()
+
+    def _opened(self, reads_only: bool = False) -> Any:
+        """The session of the decoder's graph, or of the one that reads prompts."""
+        session = self.prompts.session if reads_only and self.prompts else self._session
+        if session is None:
             raise ClosedError("the model was closed: load it again")
-        return self._session.io_binding()
+        return session
 
     def _bind_cache(self, binding: Any, cache: Cache, row: int, rows: int) -> None:
         for entry, pointer in zip(self.manifest.cache, cache.pointers(row)):
@@ -238,11 +265,9 @@ class Decoder:
             binding.bind_input(state.past, self.device, 0, kind, (rows, *state.shape), pointer)
             binding.bind_output(state.present, self.device, 0, kind, (rows, *state.shape), pointer)
 
-    def _run(self, binding: Any, options: Any = None) -> None:
+    def _run(self, binding: Any, options: Any = None, reads_only: bool = False) -> None:
         """options: of a step that is recorded; without them nothing is."""
-        session, recording = self._session, self.recording
-        if session is None:
-            raise ClosedError("the model was closed: load it again")
+        session, recording = self._opened(reads_only), self.recording
         with self.turn:
             how = options or (recording.plain if recording else None)
             run_bound(session, binding, "the tokens given", self.device, how)

@@ -84,7 +84,7 @@ def _share(decoder: Decoder, cache: Any, prompts: Prompts, slots: Sequence[int])
         source = max(lacking, key=cache.length)
         computed[source] = shared - cache.length(source)
         prompt = prompts[slots.index(source)]
-        decoder.prefill(cache, source, prompt[cache.length(source) : shared])
+        decoder.prefill(cache, source, prompt[cache.length(source) : shared], keep=0)
         cache.keep(source)
     for slot in lacking:
         if slot != source:

@@ -109,7 +109,8 @@ class Continuous:
             return
         at = self.cache.length(row.slot)
         try:
-            logits = self.decoder.prefill(self.cache, row.slot, row.prompt[at : at + self.piece])
+            piece, last = row.prompt[at : at + self.piece], at + self.piece >= len(row.prompt)
+            logits = self.decoder.prefill(self.cache, row.slot, piece, keep=int(last))
         except TfinferError as error:
             self._leave(row)
             yield row, error
