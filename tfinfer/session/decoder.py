@@ -164,9 +164,9 @@ class Decoder:
             for piece, reads_only in self._pieces(array, before, cache, keep):
                 cache.reserve(slot, len(piece))
                 left -= len(piece)
-                wanted = max(1, min(len(piece), keep - left))
-                found = self._append(cache, slot, piece, 0 if reads_only else wanted)
-                logits.append(found[len(found) - max(0, keep - left) :])
+                wanted = max(0, min(len(piece), keep - left))
+                found = self._append(cache, slot, piece, 0 if reads_only else max(1, wanted))
+                logits.append(found[len(found) - wanted :])
                 cache.ids[slot] += piece.tolist()
         except Exception:
             cache.restore(slot, snapshot)
