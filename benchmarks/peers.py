@@ -8,7 +8,12 @@ the rest wait. A round is a prompt and some new tokens, greedy. What does not op
 anew several times, for where the pages of a process happen to lie makes up to a tenth of its speed. For every system:
 the median over the rounds and, against tfinfer in the same round, the ratio with its lowest and highest value. Decode:
 the median time between tokens of a round. The share of the read limit: what a token must read (every matrix once, keys
-and values of the context) times the tokens per second, against the read bandwidth measured in the same run.
+and values of the context) times the tokens per second, against the read bandwidth measured in the same run. The share
+of the GEMM rate: what a prompt must compute (2 x the weights of the layers' matrices x tokens, 4 x heads x head_dim x
+tokens^2 / 2 for causal attention in each layer, and 2 x the head's weights, for one row) in the time to the first
+token, against the rate of a matrix product measured in the same run. That one is of float32 on the CPU and of float16
+on CUDA: weights of a few bits, whose products are of whole numbers, may go beyond it. Both are empty for shapes whose
+sizes are not known. In 4 bits all have a head of 8; systems with "4-bit head" in their names have one of 4.
 """
 
 from __future__ import annotations
@@ -24,24 +29,27 @@ import numpy as np
 import roofline
 from checkpoints import LONGEST, SHAPES, checkpoint
 from in_turns import System, joined, measure, open_all
-from peers_table import OURS, bytes_per_token, lines, summary, write_csv
+from peers_table import OURS, bytes_per_token, flop_of_prompt, lines, shares, summary, write_csv
 
 from tfinfer.session.machine import cpu_model
 from tfinfer.session.threads import thread_count
 
 BOTH = ("cpu", "cuda")
+NARROW_HEAD = "4-bit head"
 SYSTEMS = {
     OURS: System("tfinfer_folder", "tfinfer", devices=BOTH),
     "tfinfer bf16": System("tfinfer_folder", "tfinfer", "bf16", devices=("cuda",)),
     "tfinfer graph": System("tfinfer_folder", "tfinfer", "graph", devices=("cuda",)),
     "tfinfer tuned": System("tfinfer_folder", "tfinfer", "tuned"),
     "tfinfer int8 cache": System("tfinfer_folder", "tfinfer", "int8 cache"),
+    "tfinfer 4-bit head": System("tfinfer_folder", "tfinfer", NARROW_HEAD),
     "ruler": System("ruler_graph", "onnxruntime"),
     "transformers": System("torch_eager", "transformers", devices=BOTH),
     "torch.compile": System("torch_eager", "transformers", "compile", devices=BOTH),
     "onnxruntime-genai": System("genai_builder", "onnxruntime-genai", devices=BOTH),
     "onnxruntime-genai default": System("genai_builder", "onnxruntime-genai", "default"),
     "onnxruntime-genai int8 cache": System("genai_builder", "onnxruntime-genai", "int8 cache"),
+    "onnxruntime-genai 4-bit head": System("genai_builder", "onnxruntime-genai", NARROW_HEAD),
     "llama.cpp": System("llama_cpp_gguf", "llama-cpp-python"),
     "llama.cpp default": System("llama_cpp_gguf", "llama-cpp-python", "default"),
     "llama.cpp flash": System("llama_cpp_gguf", "llama-cpp-python", "flash"),
@@ -129,13 +137,17 @@ def _run_bits(
     records = []
     for prompt, every in found.items():
         result = summary(joined(every), prompt)
-        needed = bytes_per_token(a.shape, bits, prompt + a.new // 2)
+        context, flop = prompt + a.new // 2, flop_of_prompt(a.shape, prompt)
+        for name, row in result.items():
+            read = bytes_per_token(a.shape, bits, context, 4 if SYSTEMS[name].setting == NARROW_HEAD else 8)
+            row |= shares(row, read, flop, limits)
+        needed = bytes_per_token(a.shape, bits, context)
         limit = {"bytes_per_token": needed, "tokens_per_s": limits["read_gb_per_s"] * 1e9 / needed if needed else 0}
         print(
             f"\n{a.shape}, {bits} bits on {a.device}, prompt {prompt}, {a.new} new tokens, {threads} threads, "
             f"opened {a.openings} times for {a.rounds} rounds"
         )
-        print("\n".join(lines(result, limit)), flush=True)
+        print("\n".join(lines(result)), flush=True)
         asked = {"shape": a.shape, "device": a.device, "bits": bits, "prompt": prompt, "new": a.new}
         records.append({**asked, "limit": limit, "failed": why, "systems": result})
     return records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,33 +48,79 @@ def spread(ratios: list[float]) -> list[float]:
     return [round(f(ratios), 3) for f in (statistics.median, min, max)]
 
 
-def bytes_per_token(shape: str, bits: int, context: int) -> int:
-    """What one token must read at least: every matrix once, head included, and keys and values of the context."""
-    s = SHAPES[shape][1]
+@dataclass(frozen=True)
+class Sizes:
+    """What a decoder reads and computes with; `matrices`: how many weights a layer's products have."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    matrices: int
+    table: int  # numbers of the head, which the embedding shares
+
+
+def sizes_of(shape: str) -> Sizes | None:
+    """None for shapes that are neither Llama's kind nor GPT-2's."""
+    class_name, s = SHAPES[shape]
+    if class_name == "GPT2LMHeadModel":
+        s = {"vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, **s}
+        hidden, heads = s["n_embd"], s["n_head"]
+        return Sizes(s["n_layer"], heads, heads, hidden // heads, 12 * hidden**2, s["vocab_size"] * hidden)
     if "num_key_value_heads" not in s:
+        return None
+    size, hidden, heads = s["head_dim"], s["hidden_size"], s["num_attention_heads"]
+    rows = 2 * heads + 2 * s["num_key_value_heads"]  # of queries, keys, values and the output
+    matrices = hidden * size * rows + 3 * hidden * s["intermediate_size"]
+    return Sizes(s["num_hidden_layers"], heads, s["num_key_value_heads"], size, matrices, s["vocab_size"] * hidden)
+
+
+def bytes_per_token(shape: str, bits: int, context: int, head_bits: int = 8) -> int:
+    """What one token must read at least: every matrix once, head included, and keys and values of the context.
+
+    head_bits: of the head where `bits` are fewer. 0 for a shape that is not known.
+    """
+    if (s := sizes_of(shape)) is None:
         return 0
-    size, hidden = s["head_dim"], s["hidden_size"]
-    rows = s["num_attention_heads"] + 2 * s["num_key_value_heads"]
-    layer = hidden * size * (rows + s["num_attention_heads"]) + 3 * hidden * s["intermediate_size"]
-    head_bits = max(bits, 8)
-    cache = 2 * s["num_key_value_heads"] * size * context * (2 if bits == 16 else 4)
-    return s["num_hidden_layers"] * (layer * bits // 8 + cache) + s["vocab_size"] * hidden * head_bits // 8
+    cache = 2 * s.kv_heads * s.head_dim * context * (2 if bits == 16 else 4)
+    return s.layers * (s.matrices * bits // 8 + cache) + s.table * max(bits, head_bits) // 8
 
 
-def lines(result: dict[str, dict[str, Any]], limit: dict[str, Any]) -> list[str]:
+def flop_of_prompt(shape: str, tokens: int) -> int:
+    """What a prompt must compute at least: the layers' products, causal attention, and the head for one row.
+
+    Two for each weight and token, and four for each feature of each head and each of the pairs of tokens, of which
+    causal attention needs half. 0 for a shape that is not known.
+    """
+    if (s := sizes_of(shape)) is None:
+        return 0
+    attention = 4 * s.heads * s.head_dim * tokens**2 // 2
+    return s.layers * (2 * s.matrices * tokens + attention) + 2 * s.table
+
+
+def shares(row: dict[str, Any], read: int, flop: int, limits: dict[str, float]) -> dict[str, float]:
+    """How much of the machine's measured rates a system reached: reading `read` bytes for a token of decode, computing
+    `flop` until the first token."""
+    of_reads = read * row["decode_tokens_per_s"] / (limits["read_gb_per_s"] * 1e9)
+    of_products = flop / (row["ttft_ms"] / 1e3) / (limits["gemm_gflop_per_s"] * 1e9)
+    return {"of_read_limit": round(of_reads, 3), "of_gemm_rate": round(of_products, 3)}
+
+
+def lines(result: dict[str, dict[str, Any]]) -> list[str]:
     """The result as a table for people."""
     out = [
-        "| system | decode | tfinfer is | prefill | tfinfer is | of the read limit | memory | same tokens |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| system | decode | tfinfer is | of the read limit | prefill | tfinfer is | of the GEMM rate | memory "
+        "| same tokens |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in sorted(result.items(), key=lambda item: -item[1]["decode_tokens_per_s"]):
-        share = row["decode_tokens_per_s"] / limit["tokens_per_s"] if limit["tokens_per_s"] else 0
         cells = [name]
-        for kind in ("decode", "prefill"):
+        for kind, share in (("decode", row["of_read_limit"]), ("prefill", row["of_gemm_rate"])):
             ratio = row.get(f"{kind}_ratio")
             cells.append(f"{row[f'{kind}_tokens_per_s']:.1f} tok/s")
             cells.append("{:.2f} x ({:.2f} to {:.2f})".format(*ratio) if ratio and name != OURS else "")
-        cells += [f"{share:.2f}" if share else "", f"{row['memory_mib']} MiB", str(row["first_tokens_as_ours"])]
+            cells.append(f"{share:.2f}" if share else "")
+        cells += [f"{row['memory_mib']} MiB", str(row["first_tokens_as_ours"])]
         out.append(f"| {' | '.join(cells)} |")
     return out
 

@@ -75,6 +75,7 @@ def export_model(
     tokenizer: str | os.PathLike[str] | None = None,
     adapters: Sequence[str | os.PathLike[str]] = (),
     block_size: int | None = None,
+    head_bits: int | None = None,
     symmetric: bool = True,
     keep: Sequence[str] = (),
     keep_agreement: float | None = None,
@@ -102,6 +103,7 @@ def export_model(
         also: "genai" and "optimum": write what onnxruntime-genai and optimum need to run the folder as well.
         tokenizer: a tokenizer.json to take along.
         adapters: folders of PEFT adapters (LoRA) to merge into a live module's weights; the module keeps its own.
+        head_bits: of the last product and of the embedding: 8, the default of int8 and int4, or with int4 also 4.
         block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128),
             whether to do without zero points, patterns of names of weights that stay float32, and the least share of
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
@@ -115,7 +117,7 @@ def export_model(
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
     """
-    small = Small(block_size, symmetric, tuple(keep), keep_agreement, quantiser)
+    small = Small(block_size, symmetric, tuple(keep), keep_agreement, quantiser, head_bits)
     chosen = choose(dtype, flavor, kind, activations, small, cache, calibration, also)
     check_length("max_length", max_length)
     check_length("max_source_length", max_source_length)

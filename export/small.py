@@ -22,9 +22,10 @@ from .passes import quantise
 from .passes.quantise import Made, Recipe, weights_of
 from .prompt import PROMPT, prompt_graph
 
-# The head and the embedding keep 8 bits: a rounding there is a rounding of every token.
+# The head and the embedding keep 8 bits unless asked: a rounding there is a rounding of every token.
 RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 128)}
 BLOCK_SIZES = (32, 64, 128)
+HEAD_BITS = (4, 8)
 QUANTISERS = ("rtn", "gptq")
 GROUPS = 24  # of neighbouring matrices, whose damage is measured together
 
@@ -41,7 +42,7 @@ class Small:
     block_size: numbers that share a scale, 32, 64 or 128; None: 128. symmetric: without zero points. keep: patterns
     of the names of weights that stay float32. agreement: the least share of first choices that must be PyTorch's, for
     which matrices are widened where that helps most. quantiser: "rtn" or "gptq"; None: gptq for
-    4 bits, rtn for 8, where gptq gains next to nothing.
+    4 bits, rtn for 8, where gptq gains next to nothing. head_bits: of the last product and of the embedding; None: 8.
     """
 
     block_size: int | None = None
@@ -49,6 +50,7 @@ class Small:
     keep: tuple[str, ...] = ()
     agreement: float | None = None
     quantiser: str | None = None
+    head_bits: int | None = None
 
     def quantiser_of(self, dtype: str) -> str:
         return self.quantiser or ("gptq" if dtype == "int4" else "rtn")
@@ -60,8 +62,8 @@ class Small:
             if not fnmatch.filter(names, pattern):
                 raise InputError(f"keep: no weight is named {pattern!r}; there are {_some(names)}")
         base = RECIPES[dtype]
-        size = self.block_size or base.block_size
-        return replace(base, block_size=size, symmetric=self.symmetric, keep=self.keep)
+        size, head_bits = self.block_size or base.block_size, self.head_bits or base.head_bits
+        return replace(base, head_bits=head_bits, block_size=size, symmetric=self.symmetric, keep=self.keep)
 
 
 def check(small: Small, dtype: str) -> None:
@@ -74,10 +76,18 @@ def check(small: Small, dtype: str) -> None:
         raise InputError(f"expected keep_agreement to be above 0 and at most 1, got {small.agreement!r}")
     if small.quantiser not in (None, *QUANTISERS):
         raise InputError(f"unknown quantiser {small.quantiser!r}: expected one of {', '.join(QUANTISERS)}")
+    if small.head_bits not in (None, *HEAD_BITS):
+        raise InputError(f"expected head_bits to be one of {', '.join(map(str, HEAD_BITS))}, got {small.head_bits!r}")
     if small != Small() and dtype not in RECIPES:
         raise InputError(
-            "block sizes, zero points, kept weights, agreements and quantisers are for weights of a few bits: give the "
-            f"dtype int8 or int4, not {dtype}"
+            "block sizes, bits of the head, zero points, kept weights, agreements and quantisers are for weights of a "
+            f"few bits: give the dtype int8 or int4, not {dtype}"
+        )
+    # A head is rounded no more coarsely than all the rest is: what it loses reaches every token.
+    if small.head_bits is not None and small.head_bits < RECIPES[dtype].bits:
+        raise InputError(
+            f"expected head_bits to be 8 with the dtype {dtype}, got {small.head_bits}: give the dtype int4 for a head "
+            "of 4 bits, or leave head_bits out"
         )
 
 

@@ -1,7 +1,7 @@
 """tfinfer: the checkpoint exported once, then streamed.
 
 setting "tuned": as `tfinfer tune` finds best here. "int8 cache": with --cache int8. "graph": steps recorded as CUDA
-graphs. "bf16": that width for fp16.
+graphs. "bf16": that width for fp16. "4-bit head": with --head-bits 4, in place of 8.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ def exported(given: dict[str, Any]) -> Path:
         name, more = f"{name}-fp16", ["--activations", "fp16"]
     if given.get("setting") == "int8 cache":
         name, more = f"{name}-int8-cache", ["--cache", "int8"]
+    if given.get("setting") == "4-bit head":
+        if given["bits"] != 4:
+            raise ValueError("a 4-bit head goes with 4 bits only")
+        name, more = f"{name}-head4", ["--head-bits", "4"]
     folder = Path(given["cache"]) / f"{name}-{given['longest']}"
     if not (folder / "tfinfer.json").exists():
         _run("export", given["checkpoint"], "-o", folder, "--dtype", dtype, "--no-attention",

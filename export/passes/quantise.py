@@ -133,7 +133,7 @@ class _Quantising:
             if weight is None or _is_named(weight, self.recipe.keep):
                 continue
             if _is_embedding(node):
-                self._embedding(node, self.recipe.head_bits)
+                self._embedding(node, weight)
             else:
                 self._product(node, weight, node in heads)
             fired += 1
@@ -152,9 +152,12 @@ class _Quantising:
             self.made[key] = quantised(matrix, bits, size, symmetric=recipe.symmetric, search=search)
         return self.made[key]
 
+    def _bits(self, weight: ir.Value, bits: int) -> int:
+        """`bits`, unless it is to be wider: an embedding as well, or one that is tied to its head would not stay so."""
+        return 8 if _is_named(weight, self.recipe.wider) else bits
+
     def _product(self, node: ir.Node, weight: ir.Value, is_head: bool) -> None:
-        wide = 8 if _is_named(weight, self.recipe.wider) else 0
-        bits = wide or (self.recipe.head_bits if is_head else self.recipe.bits)
+        bits = self._bits(weight, self.recipe.head_bits if is_head else self.recipe.bits)
         blocks = self._blocks(weight, node.op_type == "FusedMatMul", bits, is_head)
         attributes = {
             "K": blocks.k, "N": len(blocks.data), "bits": bits, "block_size": blocks.block_size,
@@ -166,18 +169,29 @@ class _Quantising:
             operands.append(self._initializer(f"{name}.zeros", blocks.zeros))
         self._instead(node, ir.node("MatMulNBits", [node.inputs[0], *operands], attributes, domain=CONTRIB))
 
-    def _embedding(self, node: ir.Node, bits: int) -> None:
-        weight = node.inputs[0]
-        assert weight is not None
+    def _embedding(self, node: ir.Node, weight: ir.Value) -> None:
+        bits = self._bits(weight, self.recipe.head_bits)
         blocks = self._blocks(weight, True, bits, True)
         attributes = {"bits": bits, "block_size": blocks.block_size, "gather_axis": 0, "quantize_axis": 1}
         name = f"{weight.name}.rows{bits}"
-        rows = blocks.data.reshape(len(blocks.data), -1)[:, : blocks.k * bits // 8]  # without what fills the last block
+        rows = blocks.data.reshape(len(blocks.data), -1)[
+            :, : -(-blocks.k * bits // 8)
+        ]  # without what fills the last block
         operands = [self._initializer(f"{name}.data", rows), self._initializer(f"{name}.scales", blocks.scales)]
         if blocks.zeros is not None:
             operands.append(self._initializer(f"{name}.zeros", blocks.zeros))
         inputs = [operands[0], node.inputs[1], *operands[1:]]
-        self._instead(node, ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB))
+        gathered = ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB)
+        self._instead(node, self._without_last(node, gathered, name, blocks.k) if blocks.k * bits % 8 else gathered)
+
+    def _without_last(self, old: ir.Node, gathered: ir.Node, name: str, k: int) -> ir.Node:
+        """The first `k` columns: where two numbers share a byte, rows of an odd number have one too many."""
+        gathered.outputs[0].type = old.outputs[0].type
+        self.graph.insert_before(old, gathered)
+        self.graph.opset_imports.setdefault(CONTRIB, 1)
+        bounds = {"first": 0, "last": k, "axis": -1}
+        ends = [self._initializer(f"{name}.{part}", np.array([at], np.int64)) for part, at in bounds.items()]
+        return ir.node("Slice", [gathered.outputs[0], *ends])
 
     @staticmethod
     def _instead(old: ir.Node, new: ir.Node) -> None:

@@ -71,6 +71,24 @@ def test_names_that_are_kept_narrow_matrices_and_computed_ones_stay():
     assert "layers.0.up" not in model.graph.initializers
 
 
+@pytest.mark.parametrize("width", [64, 96, 45])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("wider", [(), ("embedding",)])
+def test_rows_of_a_small_embedding_are_those_that_its_numbers_stand_for(width, symmetric, wider):
+    """Blocks of an odd number, and rows of an odd number, two of which would share a byte."""
+    table, bits = heavy_tailed(50, width), 8 if wider else 4
+    g = Graph()
+    ids = g.emit.input("input_ids", ir.DataType.INT64, ["batch", "seq"])
+    g.feeds["input_ids"] = np.array([[0, 7, 49], [3, 3, 1]])
+    model = g.model(g.Gather(g.emit.weight(torch.from_numpy(table), "embedding"), ids))
+    assert quantise.run(model, Recipe(4, 4, 32, symmetric=symmetric, wider=wider)) == 1
+    (gathered,) = (node for node in model.graph if node.op_type == "GatherBlockQuantized")
+    assert gathered.attributes["bits"].as_int() == bits
+    dense = quantised(table.T, bits, 32, symmetric=symmetric, search=bits < 8).dense().T
+    (got,) = run(model, g.feeds)
+    np.testing.assert_allclose(got, dense[g.feeds["input_ids"]], atol=1e-6)
+
+
 def decoder(**changes):
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "hidden_size": 128, "num_layers": 2, "num_heads": 4, "intermediate_size": 256}

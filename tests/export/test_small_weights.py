@@ -15,6 +15,7 @@ from tfinfer.cli.main import tfinfer as cli
 from tfinfer.errors import InputError
 from tfinfer.export import export_model, graph_files
 from tfinfer.export.modules import Decoder, TransformerConfig
+from tfinfer.export.passes.blocks import quantised
 from tfinfer.export.passes.quantise import Recipe
 from tfinfer.export.small import narrowest
 from tfinfer.manifest import load_manifest
@@ -90,11 +91,11 @@ def test_neighbours_are_judged_together_and_all_cases_are_run_seldom():
 
 
 # -- real folders ---------------------------------------------------------------------------------------------------
-def decoder():
+def decoder(**changes):
     torch.manual_seed(0)
     sizes = {"vocab_size": 120, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 96}
     kinds = {"position": "rotary", "norm": "rms_norm", "activation": "swiglu", "max_length": 48}
-    return Decoder(TransformerConfig(**sizes, **kinds)).eval()
+    return Decoder(TransformerConfig(**(sizes | kinds | changes))).eval()
 
 
 def bits_of(folder):
@@ -116,6 +117,70 @@ def test_blocks_and_zero_points_are_those_asked_for(tmp_path):
     assert (report.manifest.weights.block_size, report.manifest.weights.symmetric) == (32, False)
     told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")])
     assert "in blocks of 32, head and embedding int8, with zero points" in " ".join(told.output.split())
+
+
+def tables_of(folder):
+    """Of the embedding and of the head: how many bits, and where in the file their numbers lie."""
+    graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
+    places = {t.name: {entry.key: entry.value for entry in t.external_data} for t in graph.initializer}
+    *_, head = (node for node in graph.node if node.op_type == "MatMulNBits")
+    (embedding,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    of_bits = [next(a.i for a in node.attribute if a.name == "bits") for node in (embedding, head)]
+    return of_bits, [(places[name]["offset"], places[name]["length"]) for name in (embedding.input[0], head.input[1])]
+
+
+WIDE_TABLE = {"vocab_size": 2000, "num_layers": 1}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_embedding_get_the_bits_asked_for_and_are_stored_once_where_tied(tmp_path, tied, symmetric):
+    module = decoder(tie_embeddings=tied, **WIDE_TABLE)
+    given = {"dtype": "int4", "symmetric": symmetric, "attention": False}
+    sizes = {}
+    for bits in (8, 4):
+        made = export_model(module, tmp_path / str(bits), head_bits=bits, **given).manifest
+        found, (of_embedding, of_head) = tables_of(tmp_path / str(bits))
+        assert found == [bits, bits]
+        assert (of_embedding == of_head) is tied
+        assert of_embedding[1] == str(2000 * 64 * bits // 8)
+        assert {width for width, *_ in bits_of(tmp_path / str(bits)).values()} == {4, bits}
+        assert (made.weights.bits, made.weights.head_bits) == (4, bits)
+        assert load_manifest(tmp_path / str(bits)).weights == made.weights
+        assert made.weights.agreement > 0.5
+        sizes[bits] = made.files["weights.bin"].bytes
+    assert sizes[8] - sizes[4] == pytest.approx((1 if tied else 2) * 2000 * 64 // 2, abs=256)
+    told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "4")])
+    assert "int4 in blocks of 128, head and embedding int4" in " ".join(told.output.split())
+    with tfinfer.load(tmp_path / "4") as model:
+        assert len(model.generate([1, 2, 3], max_tokens=8, stop_ids=[]).token_ids) == 8
+
+
+def test_head_and_embedding_have_8_bits_unless_asked(tmp_path):
+    for name, given in {"plain": {}, "asked": {"head_bits": 8}}.items():
+        export_model(decoder(), tmp_path / name, dtype="int4", quantiser="rtn", attention=False, **given)
+    assert numbers_of(tmp_path / "plain") == numbers_of(tmp_path / "asked")
+    made = export_model(decoder(), tmp_path / "int8", dtype="int8", head_bits=8, attention=False)
+    assert made.manifest.weights.head_bits == 8
+
+
+def test_a_head_of_4_bits_is_rounded_to_the_nearest_whatever_the_quantiser(tmp_path):
+    module = decoder(tie_embeddings=False, **WIDE_TABLE)
+    expected = quantised(module.head.weight.detach().numpy().T, 4, 64).data.tobytes()
+    given = {"block_size": 64, "attention": False}  # as the head has anyway: one key for both ways to round it
+    for quantiser in ("rtn", "gptq"):
+        folder = tmp_path / quantiser
+        export_model(module, folder, dtype="int4", head_bits=4, quantiser=quantiser, **given)
+        _, (_, (offset, length)) = tables_of(folder)
+        assert numbers_of(folder)[int(offset) :][: int(length)] == expected
+    assert numbers_of(tmp_path / "rtn") != numbers_of(tmp_path / "gptq")
+
+
+def test_an_embedding_whose_rows_are_odd_works_in_4_bits(tmp_path):
+    module = decoder(hidden_size=45, num_heads=3, position="learned", norm="layer_norm", **WIDE_TABLE)
+    made = export_model(module, tmp_path / "out", dtype="int4", head_bits=4, attention=False)
+    assert tables_of(tmp_path / "out")[0] == [4, 4]
+    assert made.verdicts[-1].passed
 
 
 def test_weights_that_are_to_stay_do_by_the_modules_own_names(tmp_path):
@@ -164,6 +229,9 @@ def test_an_agreement_that_is_held_at_once_is_proved_once(tmp_path, monkeypatch)
         ("fp32", {"keep_agreement": 0.9}, "give the dtype int8 or int4, not fp32"),
         ("fp16", {"block_size": 32}, "give the dtype int8 or int4, not fp16"),
         ("int4", {"block_size": 48}, "expected block_size to be one of 32, 64, 128, got 48"),
+        ("bf16", {"head_bits": 8}, "give the dtype int8 or int4, not bf16"),
+        ("int4", {"head_bits": 6}, "expected head_bits to be one of 4, 8, got 6"),
+        ("int8", {"head_bits": 4}, "expected head_bits to be 8 with the dtype int8, got 4: give the dtype int4"),
         ("int4", {"keep_agreement": 0.0}, "above 0 and at most 1, got 0.0"),
         ("int4", {"keep": ["no.such.*"]}, "no weight is named 'no.such.*'; there are "),
         ("int4", {"quantiser": "awq"}, "unknown quantiser 'awq': expected one of rtn, gptq"),
@@ -199,6 +267,8 @@ def test_the_command_asks_for_all_of_it(tmp_path, monkeypatch):
         "int4",
         "--block-size",
         "32",
+        "--head-bits",
+        "4",
         "--asymmetric",
         "--keep",
         "a*",
@@ -213,8 +283,16 @@ def test_the_command_asks_for_all_of_it(tmp_path, monkeypatch):
     ]
     done = CliRunner().invoke(cli, ["export", "tests/zoo/python_writer.py:build", "-o", str(tmp_path / "out"), *given])
     assert done.exit_code == 2, done.output
-    names = ("dtype", "block_size", "symmetric", "keep", "keep_agreement", "quantiser", "calibration")
-    assert [asked[name] for name in names] == ["int4", 32, False, ("a*", "b"), 0.99, "gptq", Path("text.txt")]
+    names = ("dtype", "block_size", "head_bits", "symmetric", "keep", "keep_agreement", "quantiser", "calibration")
+    assert [asked[name] for name in names] == ["int4", 32, 4, False, ("a*", "b"), 0.99, "gptq", Path("text.txt")]
+
+
+@pytest.mark.parametrize("given", [["--dtype", "int8", "--head-bits", "4"], ["--dtype", "int4", "--head-bits", "2"]])
+def test_a_command_for_bits_that_no_head_has_there_fails_and_writes_nothing(tmp_path, given):
+    done = CliRunner().invoke(cli, ["export", "tests/zoo/python_writer.py:build", "-o", str(tmp_path / "out"), *given])
+    assert done.exit_code == 2, done.output
+    assert "head" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 # -- text to calibrate on -------------------------------------------------------------------------------------------

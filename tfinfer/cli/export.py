@@ -47,6 +47,11 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     help="Of weights and cache; int8, int4: of weights alone.",
 )
 @click.option("--block-size", type=click.Choice(["32", "64", "128"]), help="int8, int4: numbers that share a scale.")
+@click.option(
+    "--head-bits",
+    type=click.Choice(["4", "8"]),
+    help="int4: of head and embedding; default: 8, the only one of int8.",
+)
 @click.option("--asymmetric", is_flag=True, help="int8, int4: with zero points.")
 @click.option(
     "--keep",
@@ -134,7 +139,8 @@ def command(source: str, out: Path, kind: str, overwrite: bool, verbose: bool, a
         files = {name: given.pop(name) for name in ("weights", "tokenizer", "adapters")}
         module = load_source(source, **files)
         given["symmetric"] = not given.pop("asymmetric")
-        given["block_size"] = int(given["block_size"]) if given["block_size"] else None
+        for name in ("block_size", "head_bits"):
+            given[name] = int(given[name]) if given[name] else None
         report = export_model(module, out, kind=kind, overwrite=overwrite, progress=status, **given)
     if as_json:
         say_json(report.to_dict())
