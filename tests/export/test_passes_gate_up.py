@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 ir = pytest.importorskip("onnx_ir")
 
+import mixtures  # noqa: E402
 from gqa_graph import WIDTH, Graph, operators, unchanged, weights  # noqa: E402
 
+from tfinfer.export import export_model  # noqa: E402
 from tfinfer.export.passes import joined, packed_gate_up, pipeline, quantise  # noqa: E402
 
 WIDE = 40
@@ -151,3 +153,23 @@ def test_the_joined_weight_becomes_small_as_its_parts_would_and_goes_by_their_na
     for whole, *parts in zip(*found, *expected):
         np.testing.assert_array_equal(whole, np.concatenate(parts))
     assert operators(small(True, keep=(plain[-1][0],))[0])["MatMulNBits"] == 0
+
+
+class Expert(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up = (torch.nn.Linear(mixtures.DIM, mixtures.WIDTH, bias=False) for _ in range(2))
+        self.down = torch.nn.Linear(mixtures.WIDTH, mixtures.DIM)
+
+    def forward(self, x):
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize("name", ["Dense", "Masks", "WhereIndexAdd"])
+def test_each_expert_of_a_mixture_is_packed(name, tmp_path):
+    torch.manual_seed(0)
+    module = getattr(mixtures, name)()
+    module.experts = torch.nn.ModuleList(Expert() for _ in range(mixtures.EXPERTS))
+    export_model(module.eval(), tmp_path / "out", max_length=32)  # proved, or it raises
+    left = operators(ir.load(tmp_path / "out" / "decoder.onnx"))
+    assert (left["Split"], left["QuickGelu"]) == (mixtures.EXPERTS, mixtures.EXPERTS)
