@@ -11,11 +11,12 @@ import onnx_ir as ir
 # Before 1.31 attention over entries that another layer fills is refused or kills the process, by running 1.24 to 1.31.
 # Before 1.28 a ragged step over a cache of 8 bits is wrong, before 1.27 there is none, by running 1.26 to 1.31.
 READS_ONLY, SMALL_CACHE = "GroupQueryAttention that only reads", "GroupQueryAttention over 8 bits"
-# Norms with a skip sum squares in half width on a GPU, and overflow, until long after 1.24: 1.30 is known not to.
+# Norms with a skip sum squares of half width in half width on a GPU, and overflow, until long after 1.24: 1.30 is known
+# not to. Of float32 they are right in every version that runs the rest.
+SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 LEAST_RUNTIME = {
     READS_ONLY: "1.31",
-    "SkipLayerNormalization": "1.30",
-    "SkipSimplifiedLayerNormalization": "1.30",
+    **dict.fromkeys(SKIP_NORMS, "1.30"),
     "Attention": "1.28",
     SMALL_CACHE: "1.28",
     "TensorScatter": "1.25",
@@ -33,5 +34,8 @@ def _operator(node: ir.Node) -> str:
     """The operator of a node, as LEAST_RUNTIME knows it."""
     if "kv_cache_bit_width" in node.attributes:
         return SMALL_CACHE
+    if node.op_type in SKIP_NORMS:
+        weight = node.inputs[2]
+        return "" if weight is not None and weight.dtype is ir.DataType.FLOAT else node.op_type
     past = node.inputs[3] if node.op_type == "GroupQueryAttention" else None
     return READS_ONLY if past is not None and past.producer() is not None else node.op_type

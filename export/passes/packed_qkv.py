@@ -104,18 +104,18 @@ def _of(value: ir.Value | None, columns: Array) -> Columns:
 
 def side_of(walk: Walk, value: ir.Value) -> Side | None:
     """What columns of which product a value (batch, seq, width) is, and nothing else."""
-    if (product := _product(value)) is not None:
+    if (product := product_of(value)) is not None:
         return Side(product, np.arange(product.width), None)
     for stretch in walk.back(value):
         if stretch.is_positional:
             return None
-        if (product := _product(stretch.source)) is not None:
+        if (product := product_of(stretch.source)) is not None:
             columns = _columns(stretch, product.width)
             return None if columns is None else Side(product, columns, stretch)
     return None
 
 
-def _product(value: ir.Value) -> Product | None:
+def product_of(value: ir.Value) -> Product | None:
     node = value.producer()
     if node is None:
         return None
@@ -127,7 +127,7 @@ def _product(value: ir.Value) -> Product | None:
     if node.op_type != "Add":
         return None
     for term, bias in (node.inputs, node.inputs[::-1]):
-        plain = _product(term) if term is not None else None
+        plain = product_of(term) if term is not None else None
         tensor = bias.const_value if bias is not None else None
         if plain is None or plain.bias is not None or tensor is None:
             continue

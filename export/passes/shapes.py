@@ -24,8 +24,8 @@ LIKE_FIRST = {
     "Trilu",
 }  # fmt: skip
 BROADCAST = {
-    "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mod", "Where", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual",
-    "Greater", "GreaterOrEqual",
+    "Add", "Sum", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mod", "Where", "And", "Or", "Xor", "Equal", "Less",
+    "LessOrEqual", "Greater", "GreaterOrEqual",
 }  # fmt: skip
 
 
@@ -209,6 +209,8 @@ def _shape(node: ir.Node, first: Shape, shapes: Shapes, known: Known) -> list[Sh
 
 def _attention(node: ir.Node, first: Shape, shapes: Shapes, known: Known) -> list[Shape]:
     """What queries (batch, seq, width) get: as wide as themselves, or as all heads of values of another width."""
+    if node.op_type == "GroupQueryAttention" and node.inputs[2] is None:
+        return [_queries_of_all(node, first)]
     value = shapes[2] if len(shapes) > 2 else None
     if value is not None and len(first) == len(value) == 4 and node.op_type == "Attention":
         return [(*first[:3], value[3])]
@@ -221,6 +223,12 @@ def _attention(node: ir.Node, first: Shape, shapes: Shapes, known: Known) -> lis
     if keys and isinstance(wide, int):
         wide = wide // keys * queries
     return [(*first[:2], wide)]
+
+
+def _queries_of_all(node: ir.Node, first: Shape) -> Shape:
+    """The shape of the queries where query, key and value lie side by side in one value."""
+    queries, keys, wide = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0), first[-1]
+    return (*first[:-1], wide // (queries + 2 * keys) * queries if isinstance(wide, int) else object())
 
 
 RULES: dict[str, Rule] = {

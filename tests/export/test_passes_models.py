@@ -16,6 +16,7 @@ import onnxruntime as ort  # noqa: E402
 from tfinfer.export import export_model  # noqa: E402
 from tfinfer.export.capture import capture  # noqa: E402
 from tfinfer.export.modules import Decoder, TransformerConfig, gpt_config  # noqa: E402
+from tfinfer.export.operators import layers_of  # noqa: E402
 from tfinfer.export.passes import half, pipeline  # noqa: E402
 from tfinfer.manifest import load_manifest  # noqa: E402
 
@@ -53,24 +54,31 @@ def by_hand(name):
     return module.build()
 
 
-# Two layers each: four norms and the last, two activations.
+# Two layers each: four norms and the last, two activations. How often passes fire in both widths, in float32 alone and
+# in half width alone, and how many operators the second layer has in float32.
+ROWS, RMS = {"wanted_rows": 1}, {"rms_norm": 5, "activations": 2}
+SKIPS, SUMS = {"skip_norm": 4, "long_sum": 0}, {"skip_norm": 0, "long_sum": 4}
+GATED, PLAIN = {"packed_gate_up": 2}, {"packed_gate_up": 0}
 FIRED = {
-    "llama": (llama, {"wanted_rows": 1, "rms_norm": 5, "activations": 2}, {"skip_norm": 4}),
-    "gpt": (gpt, {"wanted_rows": 1, "activations": 2}, {"skip_norm": 5}),
-    "rotary_halves": (
-        lambda: by_hand("rotary_halves"),
-        {"wanted_rows": 1, "rms_norm": 5, "activations": 2}, {"skip_norm": 4},
+    "llama": (llama, ROWS | RMS | GATED, SKIPS, {"skip_norm": 4}, 10),
+    "gpt": (gpt, ROWS | {"rms_norm": 0, "activations": 2} | PLAIN, SUMS, {"skip_norm": 5}, 11),
+    "rotary_halves": (lambda: by_hand("rotary_halves"), ROWS | RMS | PLAIN, SKIPS, {"skip_norm": 4}, 9),
+    "nanogpt": (
+        lambda: by_hand("nanogpt"),
+        ROWS | {"rms_norm": 0, "activations": 0} | PLAIN, {"skip_norm": 0, "long_sum": 0}, {"skip_norm": 5}, 10,
     ),
-    "nanogpt": (lambda: by_hand("nanogpt"), {"wanted_rows": 1}, {"skip_norm": 5}),
-    "norms_by_hand": (lambda: by_hand("norms_by_hand"), {"wanted_rows": 1, "rms_norm": 3}, {"skip_norm": 3}),
-    "checkpoint of llama": (
-        lambda: checkpoint("llama"),
-        {"wanted_rows": 1, "rms_norm": 5, "activations": 2}, {"skip_norm": 4},
+    "norms_by_hand": (
+        lambda: by_hand("norms_by_hand"),
+        ROWS | {"rms_norm": 3, "activations": 0} | PLAIN, {"skip_norm": 1, "long_sum": 4}, {"skip_norm": 3}, 14,
     ),
-    "checkpoint of gpt2": (lambda: checkpoint("gpt2"), {"wanted_rows": 1, "activations": 4}, {"skip_norm": 5}),
+    "checkpoint of llama": (lambda: checkpoint("llama"), ROWS | RMS | GATED, SKIPS, {"skip_norm": 4}, 10),
+    "checkpoint of gpt2": (
+        lambda: checkpoint("gpt2"),
+        ROWS | {"rms_norm": 0, "activations": 4} | PLAIN, SUMS, {"skip_norm": 5}, 11,
+    ),
     "checkpoint of qwen3": (  # with norms of queries and keys
         lambda: checkpoint("qwen3"),
-        {"wanted_rows": 1, "rms_norm": 9, "activations": 2}, {"skip_norm": 4},
+        ROWS | {"rms_norm": 9, "activations": 2} | GATED, SKIPS, {"skip_norm": 4}, 15,
     ),
 }  # fmt: skip
 
@@ -98,15 +106,13 @@ def logits(model):
 
 @pytest.mark.parametrize("name", [marked(name) for name in FIRED])
 def test_every_pass_fires_where_it_should_and_the_logits_stay(name):
-    build, always, narrow = FIRED[name]
+    build, always, wide, narrow, operators = FIRED[name]
     module = build().eval()
     model = capture(module, max_length=64).model
     before = logits(model)
     counts = pipeline.run(model)
-    assert {key: counts[key] for key in ("wanted_rows", "rms_norm", "activations")} == {
-        "wanted_rows": 0, "rms_norm": 0, "activations": 0,
-    } | always  # fmt: skip
-    assert "skip_norm" not in counts
+    assert {key: counts[key] for key in always | wide} == always | wide
+    assert sum(layers_of(model.graph)[1].operators.values()) == operators
     np.testing.assert_allclose(logits(model), before, rtol=1e-4, atol=1e-5)
 
     model = capture(module, max_length=64).model
@@ -133,6 +139,13 @@ def test_norms_of_half_width_are_fused_whole_and_need_a_newer_runtime(tmp_path):
     operators = Counter(node.op_type for node in model.graph)
     assert (operators["SkipSimplifiedLayerNormalization"], operators["SimplifiedLayerNormalization"]) == (4, 1)
     assert operators["Cast"] == 3  # of lengths, and of the logits
+
+
+def test_norms_of_float32_are_fused_whole_and_need_no_newer_runtime(tmp_path):
+    export_model(llama(), tmp_path / "out")
+    assert load_manifest(tmp_path / "out").requires == {"onnxruntime": "1.24"}
+    operators = Counter(node.op_type for node in ir.load(tmp_path / "out" / "decoder.onnx").graph)
+    assert (operators["SkipSimplifiedLayerNormalization"], operators["SimplifiedLayerNormalization"]) == (4, 1)
 
 
 def test_norms_are_narrow_outside_for_bfloat16_as_well():

@@ -11,7 +11,7 @@ ir = pytest.importorskip("onnx_ir")
 import onnxruntime as ort  # noqa: E402
 from gqa_graph import FLOAT, HEADS, KV_HEADS, SIZE, WIDTH, Graph, attentions, operators, unchanged, weights  # noqa: E402
 
-from tfinfer.export.passes import half, joined, packed_qkv  # noqa: E402
+from tfinfer.export.passes import half, joined, packed_qkv, shapes  # noqa: E402
 
 ALL = (HEADS + 2 * KV_HEADS) * SIZE
 
@@ -114,6 +114,15 @@ def test_projections_that_come_out_of_the_graph_stay():
     out = g.attend(q, k, v)
     g.emit.output(k, "keys", FLOAT, ("batch", "seq", KV_HEADS * SIZE))
     assert packed_qkv.run(g.finish(out)) == 0
+
+
+def test_the_shape_behind_a_packed_attention_is_known():
+    g = Graph()
+    model = g.finish(g.attend(*g.sides()))
+    packed_qkv.run(model)
+    (node,) = attentions(model)
+    node.outputs[0].shape = None
+    assert shapes.infer(model.graph)[node.outputs[0]] == ("batch", "seq", HEADS * SIZE)
 
 
 def test_a_packed_graph_is_narrowed():

@@ -18,6 +18,11 @@ def attention(past=None, **attributes):
     return ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB)
 
 
+def skip_norm(op_type="SkipLayerNormalization", dtype=ir.DataType.FLOAT16):
+    weight = ir.Value(name="weight", type=ir.TensorType(dtype))
+    return ir.node(op_type, [value("x"), value("residual"), weight], domain=CONTRIB)
+
+
 def graph(*nodes):
     return ir.Model(ir.Graph([], [], nodes=nodes, opset_imports={"": 21, CONTRIB: 1}), ir_version=10)
 
@@ -31,12 +36,14 @@ def plain(op_type):
     [
         (lambda: [plain("MatMul")], "1.24"),
         (lambda: [attention()], "1.24"),
+        (lambda: [skip_norm(dtype=ir.DataType.FLOAT)], "1.24"),
+        (lambda: [skip_norm(dtype=ir.DataType.BFLOAT16)], "1.30"),
         (lambda: [plain("TensorScatter"), attention()], "1.25"),
         (lambda: [attention(kv_cache_bit_width=8)], "1.28"),
         (lambda: [plain("TensorScatter"), plain("Attention")], "1.28"),
-        (lambda: [plain("Attention"), plain("SkipLayerNormalization")], "1.30"),
-        (lambda: [plain("SkipSimplifiedLayerNormalization"), attention(kv_cache_bit_width=8)], "1.30"),
-        (lambda: [first := plain("Identity"), attention(first), plain("SkipLayerNormalization")], "1.31"),
+        (lambda: [plain("Attention"), skip_norm()], "1.30"),
+        (lambda: [skip_norm("SkipSimplifiedLayerNormalization"), attention(kv_cache_bit_width=8)], "1.30"),
+        (lambda: [first := plain("Identity"), attention(first), skip_norm()], "1.31"),
     ],
     ids=lambda given: given if isinstance(given, str) else "",
 )
