@@ -142,17 +142,31 @@ def inputs_of_products(folder):
 def test_inputs_of_products_are_those_that_the_module_gives_its_layers(folder):
     """The last layer's too, whose end takes only the rows that are asked for."""
     module, given = decoder(), {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_hook(lambda _, args, out, name=name: given.update({name: args[0].detach()}))
+    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)}
+    for name, layer in linears.items():
+        layer.register_forward_hook(lambda _, args, out, name=name: given.update({name: args[0].detach()}))
     pieces = random_ids(60, 1, 24).pieces
     with torch.no_grad():
         module(torch.from_numpy(pieces[0]))
     pairs = inputs_of_products(folder)
     found = watched(folder, [name for name, _ in pairs], pieces)
+    model, matched = onnx.load(folder / "decoder.onnx"), []
+    matrices = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for value, weight in pairs:
-        np.testing.assert_allclose(found[value][0], given[weight.removesuffix(".weight")], atol=1e-4)
-    assert len(pairs) == 14  # all but the head, whose matrix is the embedding's
+        for name in within(matrices[weight], linears):
+            np.testing.assert_allclose(found[value][0], given[name], atol=1e-4)
+            matched.append(name)
+    assert sorted(matched) == sorted(linears.keys() - {"head"})  # whose matrix is the embedding's
+    assert len(pairs) == 12  # gate and up are one product
+
+
+def within(matrix, linears):
+    """The names of the layers whose weights are side by side in a matrix."""
+    parts = {name: layer.weight.detach().numpy().T for name, layer in linears.items()}
+    return [
+        name for name, part in parts.items() for at in range(0, matrix.shape[1], part.shape[1])
+        if np.array_equal(matrix[:, at : at + part.shape[1]], part)
+    ]  # fmt: skip
 
 
 def test_presents_come_without_the_room_for_more_and_the_folder_is_as_it_was(folder):
