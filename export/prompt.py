@@ -24,13 +24,11 @@ def prompt_graph(decoder: ir.Model, logits: str = "logits") -> ir.Model | None:
         value.meta.setdefault(SHARED, uuid.uuid4().bytes)  # what both graphs read is written once
     model = decoder.clone()
     graph = model.graph
-    read = [value for value in graph.inputs if value.uses()]
     graph.outputs.remove(next(value for value in graph.outputs if value.name == logits))
     dead_nodes.run(model)
-    for value in read:
-        if not value.uses():  # how many logits are wanted
-            graph.inputs.remove(value)
-            graph.initializers.pop(str(value.name), None)
+    for value in [value for value in graph.inputs if value.is_initializer() and not value.uses()]:
+        graph.inputs.remove(value)  # how many logits are wanted, which has a default
+        del graph.initializers[str(value.name)]
     small = [node for node in graph.all_nodes() if node.op_type == "MatMulNBits"]
     for node in small:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", FLOAT_PRODUCTS)

@@ -9,12 +9,15 @@ import pytest
 from tfinfer.errors import CorruptModelError
 from tfinfer.session.prompt import LEAST, PromptGraph, least_here
 
-OPENED = SimpleNamespace(session="open")
+SESSION = SimpleNamespace(
+    get_inputs=lambda: [SimpleNamespace(name="input_ids")], get_outputs=lambda: [SimpleNamespace(name="present.0.key")]
+)
+OPENED = SimpleNamespace(session=SESSION)
 FLAGS = "processor\t: 0\nmodel name\t: a processor\nflags\t\t: fpu sse avx2 {}\n"
 
 
-def graph(open_it=lambda: OPENED, files=(), least=10):
-    made = PromptGraph(open_it, files)
+def graph(open_it=lambda: OPENED, files=(), least=10, names=("input_ids", "present.0.key")):
+    made = PromptGraph(open_it, files, set(names))
     made.least = least
     return made
 
@@ -85,6 +88,13 @@ def test_a_graph_that_does_not_open_leaves_prompts_to_the_other():
     made = graph(opens)
     assert made.share(64, 64) == 0
     assert made.why_not == "broken"
+
+
+@pytest.mark.parametrize("names", [("input_ids",), ("input_ids", "present.0.key", "past_key_values.0.key")])
+def test_a_graph_with_other_inputs_or_outputs_is_not_asked(names):
+    made = graph(names=names)
+    assert made.share(64, 64) == 0
+    assert "disagree on p" in made.why_not
 
 
 def test_a_proof_has_it_read_everything_wherever_it_runs():

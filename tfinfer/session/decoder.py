@@ -99,10 +99,11 @@ class Decoder:
         graph = self.manifest.graphs.get(PROMPT)
         if graph is None or self.device != "cpu":
             return None
-
-        return PromptGraph(
-            lambda: open_graph(folder, graph, "cpu", threads, how), [folder / name for name in self.manifest.files]
-        )
+        roles, kept = self.roles, (*self.manifest.cache, *self.manifest.states)
+        wanted = {name for name in (roles.input_ids, roles.attention_mask, roles.position_ids) if name is not None}
+        wanted |= {name for entry in kept for name in (entry.past, entry.present)}
+        files = [folder / name for name in self.manifest.files]
+        return PromptGraph(lambda: open_graph(folder, graph, "cpu", threads, how), files, wanted)
 
     def _open_selecting(self) -> Selecting | None:
         """What finds the best logits on a device; None where copying all of them is as good, or all there is."""

@@ -29,10 +29,13 @@ class PromptGraph:
     least: how many positions make it worth while; None: this machine is faster without. why_not: why it does not open.
     """
 
-    def __init__(self, open_it: Callable[[], Opened], files: Sequence[Path]) -> None:
-        """files: those of the folder, which were checked; if they are others when it opens, it stays closed."""
+    def __init__(self, open_it: Callable[[], Opened], files: Sequence[Path], names: set[str]) -> None:
+        """files: those of the folder, which were checked; if they are others when it opens, it stays closed.
+
+        names: of what goes in and out of it.
+        """
         self.least, self.why_not = least_here(), ""
-        self._open, self._files, self._stamps = open_it, files, _stamps(files)
+        self._open, self._names, self._files, self._stamps = open_it, names, files, _stamps(files)
         self._lock = threading.Lock()
         self._session: Any = None
 
@@ -52,13 +55,19 @@ class PromptGraph:
             return self._session
 
     def _try(self) -> None:
+        if _stamps(self._files) != self._stamps:
+            self.why_not = "the folder was changed after it was loaded"
+            return
         try:
-            if _stamps(self._files) == self._stamps:
-                self._session = self._open().session
-            else:
-                self.why_not = "the folder was changed after it was loaded"
+            session = self._open().session
         except TfinferError as error:
             self.why_not = str(error)
+            return
+        odd = {value.name for value in (*session.get_inputs(), *session.get_outputs())} ^ self._names
+        if odd:
+            self.why_not = f"the graph and the manifest disagree on {', '.join(sorted(odd)[:8])}"
+        else:
+            self._session = session
 
     @contextlib.contextmanager
     def always(self) -> Iterator[None]:
