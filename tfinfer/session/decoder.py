@@ -99,9 +99,10 @@ class Decoder:
         graph = self.manifest.graphs.get(PROMPT)
         if graph is None or self.device != "cpu":
             return None
-        roles, kept = self.roles, (*self.manifest.cache, *self.manifest.states)
+        roles = self.roles
         wanted = {name for name in (roles.input_ids, roles.attention_mask, roles.position_ids) if name is not None}
-        wanted |= {name for entry in kept for name in (entry.past, entry.present)}
+        wanted |= {name for entry in self.manifest.cache for name in (entry.past, entry.present)}
+        wanted |= {name for state in self.manifest.states for name in (state.past, state.present)}
         files = [folder / name for name in self.manifest.files]
         return PromptGraph(lambda: open_graph(folder, graph, "cpu", threads, how), files, wanted)
 
