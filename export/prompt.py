@@ -14,7 +14,6 @@ import onnx_ir as ir
 from .capture.emitter import SHARED
 from .passes import dead_nodes
 
-PROMPT = "prompt"  # the name of the graph
 FLOAT_PRODUCTS = 0  # accuracy_level of MatMulNBits: weights are widened, a panel or a matrix at a time
 
 

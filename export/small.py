@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tfinfer.errors import InputError
-from tfinfer.manifest import Manifest
+from tfinfer.manifest import PROMPT, Manifest
 from tfinfer.precision import WeightsSpec
 from tfinfer.proof.prove import Verdict
 
@@ -20,7 +20,7 @@ from .calibration import Calibration, CalibrationIds
 from .calibration.rounding import round_for_inputs
 from .passes import quantise
 from .passes.quantise import Made, Recipe, weights_of
-from .prompt import PROMPT, prompt_graph
+from .prompt import prompt_graph
 
 # The head and the embedding keep 8 bits unless asked: a rounding there is a rounding of every token.
 RECIPES = {"int8": Recipe(8, 8, 128), "int4": Recipe(4, 8, 128)}

@@ -20,7 +20,9 @@ from tfinfer.precision import RangeSpec, SmallCacheSpec, WeightsSpec
 FILE_NAME = "tfinfer.json"
 FORMAT_VERSION = 2
 MAX_BYTES = 1 << 20
-# The graphs that each kind cannot do without; "attention", which gives the weights of attention, may come beside them.
+# The graphs that each kind cannot do without; "attention", which gives the weights of attention, may come beside them,
+# and beside a decoder's one that reads long prompts.
+PROMPT = "prompt"
 KINDS = {"decoder": ("decoder",), "encoder": ("encoder",), "encoder-decoder": ("encoder", "decoder")}
 # What a step does with the cache: writes into the buffers that it reads, or gives longer ones.
 CACHE_MODES = ("in place", "concatenated")

@@ -174,9 +174,8 @@ class _Quantising:
         blocks = self._blocks(weight, True, bits, True)
         attributes = {"bits": bits, "block_size": blocks.block_size, "gather_axis": 0, "quantize_axis": 1}
         name = f"{weight.name}.rows{bits}"
-        rows = blocks.data.reshape(len(blocks.data), -1)[
-            :, : -(-blocks.k * bits // 8)
-        ]  # without what fills the last block
+        width = -(-blocks.k * bits // 8)  # bytes of a row, without what fills the last block
+        rows = blocks.data.reshape(len(blocks.data), -1)[:, :width]
         operands = [self._initializer(f"{name}.data", rows), self._initializer(f"{name}.scales", blocks.scales)]
         if blocks.zeros is not None:
             operands.append(self._initializer(f"{name}.zeros", blocks.zeros))

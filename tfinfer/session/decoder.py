@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError, ProviderError
-from tfinfer.manifest import Manifest
+from tfinfer.manifest import PROMPT, Manifest
 from tfinfer.session.cache import Cache
 from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
-from tfinfer.session.prompt import PROMPT, PromptGraph
+from tfinfer.session.prompt import PromptGraph
 from tfinfer.session.providers import listed_providers
 from tfinfer.session.recorded import open_recording
 from tfinfer.session.select import WORTH, Selecting

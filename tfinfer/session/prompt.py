@@ -17,7 +17,6 @@ from typing import Any
 from tfinfer.errors import TfinferError
 from tfinfer.session.providers import Opened
 
-PROMPT = "prompt"  # the name of the graph
 LEAST = 96  # positions: with fewer, widening 8-bit weights for one pass takes longer than it saves
 # As Linux names them: bytes times bytes, summed by fours, for 32 bytes or more at once.
 SUMS_OF_BYTES = {"avx_vnni", "avx512_vnni", "asimddp", "i8mm"}
