@@ -1,9 +1,11 @@
 """A hand-made Llama-shaped ONNX graph with random weights: what ONNX Runtime can do on this machine, no exporter in it.
 
-    python benchmarks/ruler.py --shape smollm2-135m
+    python benchmarks/ruler.py --shape smollm2-135m --bits 32
 
 Per layer: packed QKV, GroupQueryAttention with rotary inside over one buffer, packed gate and up, skip and norm in one
-node; the head sees the last row, ArgMax is in the graph. `benchmarks/decode.py` runs it beside the product.
+node; with norms of queries and keys these go through one norm together. The head sees the last row, ArgMax is in the
+graph. In 8 and 4 bits weights lie in blocks of 128, those of the head, which has 8, in blocks that fill its rows.
+`benchmarks/decode.py` runs it beside the product.
 """
 
 from __future__ import annotations
@@ -36,18 +38,21 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    qk_norm: bool = False
 
 
 SHAPES = {
     "smollm2-135m": Shape(49152, 576, 1536, 30, 9, 3, 64),
+    "qwen3-0.6b": Shape(151936, 1024, 3072, 28, 16, 8, 128, qk_norm=True),
     "toy": Shape(512, 64, 128, 2, 4, 2, 16),
 }
 
 
 class Graph:
-    """Nodes and initializers as they are added."""
+    """Nodes and initializers as they are added; `bits` of the weights of products."""
 
-    def __init__(self) -> None:
+    def __init__(self, bits: int = 32) -> None:
+        self.bits = bits
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.rng = np.random.default_rng(0)
@@ -60,17 +65,45 @@ class Graph:
         self.nodes.append(helper.make_node(op, inputs, outputs, **attributes))
         return outputs[0]
 
-    def matmul(self, name: str, x: str, k: int, n: int) -> str:
-        weight = self.rng.standard_normal((k, n), dtype=np.float32) * 0.02
-        return self.node("MatMul", [x, self.const(name + ".w", weight)], [name])
+    def matmul(self, name: str, x: str, k: int, n: int, least_bits: int = 4, block_size: int = 128) -> str:
+        bits = max(self.bits, least_bits)
+        if bits == 32:
+            weight = self.rng.standard_normal((k, n), dtype=np.float32) * 0.02
+            return self.node("MatMul", [x, self.const(name + ".w", weight)], [name])
+        blocks = -(-k // block_size)
+        data = self.rng.integers(0, 256, (n, blocks, block_size * bits // 8), dtype=np.uint8)
+        scales = np.full((n, blocks), 0.07 / 2**bits, np.float32)  # numbers of about 0.02
+        operands = [x, self.const(name + ".w", data), self.const(name + ".scales", scales)]
+        sizes = {"K": k, "N": n, "bits": bits, "block_size": block_size, "accuracy_level": 4}
+        return self.node("MatMulNBits", operands, [name], **sizes, **MS)
+
+
+def add_qk_norm(g: Graph, s: Shape, p: str, qkv: str) -> list[str]:
+    """Queries, keys and values apart, every head of the first two normalised."""
+    heads, width = s.heads + s.kv_heads, s.head_dim
+    g.node("Split", [qkv, "qk_v"], [p + "qk", p + "v"], axis=-1)
+    by_head = g.node("Reshape", [p + "qk", "by_head"], [p + "qk.heads"])
+    normed = g.node(
+        "SimplifiedLayerNormalization", [by_head, "head_gain"], [p + "qk.norm"], axis=-1, epsilon=1e-6, stash_type=1
+    )
+    joined = g.node("Reshape", [normed, "joined"], [p + "qk.joined"])
+    g.node("Split", [joined, "q_k"], [p + "q", p + "k"], axis=-1)
+    if "by_head" not in {initializer.name for initializer in g.initializers}:
+        g.const("by_head", np.array([0, 0, heads, width]))
+        g.const("joined", np.array([0, 0, heads * width]))
+        g.const("qk_v", np.array([heads * width, s.kv_heads * width]))
+        g.const("q_k", np.array([s.heads * width, s.kv_heads * width]))
+        g.const("head_gain", np.ones((heads, width), np.float32))
+    return [p + "q", p + "k", p + "v"]
 
 
 def add_layer(g: Graph, s: Shape, i: int, x: str, residual: str) -> tuple[str, str]:
     p = f"{i}."
     qkv = g.matmul(p + "qkv", x, s.hidden, (s.heads + 2 * s.kv_heads) * s.head_dim)
     past, present = ([f"{side}.{i}.{part}" for part in ("key", "value")] for side in ("past", "present"))
+    operands = add_qk_norm(g, s, p, qkv) if s.qk_norm else [qkv, "", ""]
     attended = g.node(
-        "GroupQueryAttention", [qkv, "", "", *past, "seqlens_k", "total_length", "cos", "sin"], [p + "attn", *present],
+        "GroupQueryAttention", [*operands, *past, "seqlens_k", "total_length", "cos", "sin"], [p + "attn", *present],
         num_heads=s.heads, kv_num_heads=s.kv_heads, do_rotary=1, **MS,
     )  # fmt: skip
     out = g.matmul(p + "o", attended, s.heads * s.head_dim, s.hidden)
@@ -87,8 +120,8 @@ def add_layer(g: Graph, s: Shape, i: int, x: str, residual: str) -> tuple[str, s
     return x, p + "r2"
 
 
-def build(s: Shape, positions: int = 4096) -> onnx.ModelProto:
-    g = Graph()
+def build(s: Shape, bits: int = 32, positions: int = 8192) -> onnx.ModelProto:
+    g = Graph(bits)
     angles = np.outer(np.arange(positions), 10000 ** -(np.arange(0, s.head_dim, 2) / s.head_dim)).astype(np.float32)
     g.const("gain", np.ones(s.hidden, np.float32))
     g.const("cos", np.cos(angles))
@@ -99,7 +132,9 @@ def build(s: Shape, positions: int = 4096) -> onnx.ModelProto:
     for i in range(s.layers):
         x, residual = add_layer(g, s, i, x, residual)
     last = g.node("Gather", [x, g.const("last", np.array([-1]))], ["last.x"], axis=1)
-    g.node("ArgMax", [g.matmul("logits", last, s.hidden, s.vocab)], ["next_id"], axis=-1, keepdims=0)
+    fills = next(size for size in (128, 64, 32) if s.hidden % size == 0)
+    logits = g.matmul("logits", last, s.hidden, s.vocab, least_bits=8, block_size=fills)
+    g.node("ArgMax", [logits], ["next_id"], axis=-1, keepdims=0)
     info, cache = helper.make_tensor_value_info, ["B", s.kv_heads, "L", s.head_dim]
     parts = [f"{i}.{part}" for i in range(s.layers) for part in ("key", "value")]
     inputs = [info("input_ids", TensorProto.INT64, ["B", "S"]), info("seqlens_k", TensorProto.INT32, ["B"])]
@@ -122,15 +157,15 @@ def build(s: Shape, positions: int = 4096) -> onnx.ModelProto:
 class Ruler:
     """The hand-made graph, open and bound for one prompt length."""
 
-    def __init__(self, shape: Shape, prompt: int, new: int, threads: int) -> None:
+    def __init__(self, shape: Shape, prompt: int, new: int, threads: int, bits: int = 32) -> None:
         self.prompt, self.new = prompt, new
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.enable_mem_pattern, options.log_severity_level = threads, False, 3
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "ruler.onnx")
-            onnx.save(
-                build(shape), path, save_as_external_data=True, all_tensors_to_one_file=True, location="ruler.data"
-            )
+            model = build(shape, bits)
+            onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location="ruler.data")
+            del model
             self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         size = (1, shape.kv_heads, prompt + new, shape.head_dim)
         parts = [f"{i}.{part}" for i in range(shape.layers) for part in ("key", "value")]
@@ -174,17 +209,19 @@ class Ruler:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--bits", type=int, choices=(32, 8, 4), default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
     a = parser.parse_args()
-    ruler = Ruler(SHAPES[a.shape], a.prompt, a.new, a.threads)
+    ruler = Ruler(SHAPES[a.shape], a.prompt, a.new, a.threads, a.bits)
     ruler.run()
     prefill, step = ruler.run()
     print(
         json.dumps(
             {
                 "shape": a.shape,
+                "bits": a.bits,
                 "prefill_tokens_per_s": round(a.prompt / prefill, 1),
                 "decode_tokens_per_s": round(1 / step, 2),
             }

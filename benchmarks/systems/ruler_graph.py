@@ -10,15 +10,15 @@ def load(given: dict[str, Any]) -> Callable[[list[int], int], Iterator[int]]:
     """Return a function that yields tokens."""
     from ruler import SHAPES, Ruler
 
-    if given["bits"] != 32 or given["shape"] not in SHAPES:
-        raise ValueError(f"float32 and {', '.join(SHAPES)} only")
+    if given["bits"] == 16 or given["shape"] not in SHAPES:
+        raise ValueError(f"32, 8 and 4 bits and {', '.join(SHAPES)} only")
     rulers: dict[tuple[int, int], Ruler] = {}
 
     def generate(ids: list[int], new: int) -> Iterator[int]:
         sizes = len(ids), new
         if sizes not in rulers:
             rulers.clear()
-            rulers[sizes] = Ruler(SHAPES[given["shape"]], *sizes, given["threads"])
+            rulers[sizes] = Ruler(SHAPES[given["shape"]], *sizes, given["threads"], given["bits"])
         yield from rulers[sizes].tokens()
 
     return generate

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from . import dead_nodes
+from . import dead_nodes, small_bias
 from .blocks import Blocks, quantised
 from .joined import PARTS
 from .matching import CONTRIB, SHARED, replace
@@ -71,6 +71,7 @@ def run(model: ir.Model, recipe: Recipe, made: Made | None = None) -> int:
     made: what earlier calls made of the same tensors, in this model or a clone, and what this one makes.
     """
     fired = _Quantising(model.graph, recipe, {} if made is None else made).run()
+    small_bias.run(model)
     dead_nodes.run(model)  # the weights as they were
     return fired
 

@@ -1,11 +1,15 @@
 """The graph that reads long prompts of a decoder with weights of few bits: what is in it, and that it is proved."""
 
+import json
+
 import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 
 import tfinfer
+from tfinfer.cli.main import tfinfer as cli
 from tfinfer.errors import ProofError
 from tfinfer.export import export_model, small
 from tfinfer.export.modules import Decoder, TransformerConfig
@@ -103,6 +107,15 @@ def test_the_proof_has_it_read_prompts(folder):
     names = [case.name for case in load_manifest(folder).proof.cases]
     assert "a prompt at once, products in float32" in names
     assert "one token, products in float32" not in names  # it would read nothing
+
+
+@pytest.mark.parametrize(("least", "said"), [(96, "prompt.onnx reads those of 96 tokens and more"), (None, "decoder")])
+def test_inspect_says_which_graph_reads_prompts_here(folder, monkeypatch, least, said):
+    monkeypatch.setattr("tfinfer.session.prompt.least_here", lambda: least)
+    shown = CliRunner().invoke(cli, ["inspect", str(folder)]).stdout
+    assert said in next(line for line in shown.splitlines() if line.startswith("prompts "))
+    told = json.loads(CliRunner().invoke(cli, ["inspect", str(folder), "--json"]).stdout)
+    assert told["prompts_from"] == least
 
 
 def test_a_graph_that_reads_something_else_is_no_proof(tmp_path, monkeypatch):

@@ -99,21 +99,25 @@ def decoder(**changes):
 
 
 def bits_of(folder):
-    """By weight of a product, how many bits it has."""
+    """By weight of a product: its bits, the size of its blocks, whether it has zero points."""
     graph = onnx.load(folder / "decoder.onnx", load_external_data=False).graph
     found = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
             attributes = {a.name: a.i for a in node.attribute}
-            found[node.input[1].partition(".int")[0]] = (attributes["bits"], attributes["block_size"], len(node.input))
+            found[node.input[1].partition(".int")[0]] = (
+                attributes["bits"],
+                attributes["block_size"],
+                any(node.input[3:4]),
+            )
         elif node.op_type in ("MatMul", "FusedMatMul"):
-            found[node.input[1]] = (32, 0, 2)
+            found[node.input[1]] = (32, 0, False)
     return found
 
 
 def test_blocks_and_zero_points_are_those_asked_for(tmp_path):
     report = export_model(decoder(), tmp_path / "out", dtype="int4", block_size=32, symmetric=False, attention=False)
-    assert {(size, count) for _, size, count in bits_of(tmp_path / "out").values()} == {(32, 4)}
+    assert {(size, zeros) for _, size, zeros in bits_of(tmp_path / "out").values()} == {(32, True)}
     assert (report.manifest.weights.block_size, report.manifest.weights.symmetric) == (32, False)
     told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")])
     assert "in blocks of 32, head and embedding int8, with zero points" in " ".join(told.output.split())

@@ -31,8 +31,9 @@ def command(folder: Path, check: bool, nodes: bool, as_json: bool) -> None:
     Kind, graphs, cache, pooling, sizes, where it came from and what its proof measured, all from its manifest.
     """
     from tfinfer.integrity import check_files
-    from tfinfer.manifest import load_manifest
+    from tfinfer.manifest import PROMPT, load_manifest
     from tfinfer.session import tuned
+    from tfinfer.session.prompt import least_here
 
     manifest = load_manifest(folder)
     if check:
@@ -40,9 +41,11 @@ def command(folder: Path, check: bool, nodes: bool, as_json: bool) -> None:
         tuned.read(folder)
     if as_json:
         sizes = {"cache": memory_sizes(manifest), "file_bytes": _file_bytes(manifest), "checked": check}
+        sizes |= {"prompts_from": least_here()} if PROMPT in manifest.graphs else {}
         say_json({"folder": str(folder), **sizes, "tuning": _tuning(folder), "manifest": dataclasses.asdict(manifest)})
         return
-    rows = [*_rows(manifest), ("tuning", _tuning(folder)), *(_node_rows(manifest) if nodes else ())]
+    here = [*_prompts(manifest), ("tuning", _tuning(folder))]
+    rows = [*_rows(manifest), *here, *(_node_rows(manifest) if nodes else ())]
     table([("folder", str(folder)), *rows])
     if check:
         table([("checked", f"{many(len(manifest.files), 'file')} as they were exported")])
@@ -57,6 +60,17 @@ def _tuning(folder: Path) -> str:
         return tuned.state(folder)
     except ModelError as error:
         return f"cannot be used: {error}"
+
+
+def _prompts(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Which graph reads prompts on this processor, of a folder that has one for it."""
+    from tfinfer.manifest import PROMPT
+    from tfinfer.session.prompt import least_here
+
+    if PROMPT in manifest.graphs:
+        least = least_here()
+        few = f"{manifest.graphs[PROMPT].file} reads those of {least} tokens and more, by products in float32"
+        yield "prompts", f"on this processor {few}" if least else "read by the decoder's graph on this processor"
 
 
 def memory_sizes(manifest: Manifest) -> dict[str, int]:
