@@ -1,13 +1,15 @@
 """An encoder of BERT-base's shape: the exported folder beside PyTorch eager and other ways to run it on a CPU.
 
     python benchmarks/encode.py --rounds 9
-    python benchmarks/encode.py --layers 2 --rounds 3 --workloads 1x16,ragged
+    python benchmarks/encode.py --layers 2 --rounds 3 --workloads 1x16,ragged --sorted
 
 Each system makes mean-pooled vectors of the same rows of ids, with the same random weights in float32. The workload
 BxN is B rows of N ids; "ragged" is 256 rows of 8 to 256 ids, in batches of 32: padded in the order given by the others,
-through `model.encode` by tfinfer. All run in one process and take turns; PyTorch is transformers' BertModel with sdpa;
-OpenVINO, onnxruntime with a plain `torch.onnx.export` and optimum-onnx run where they are installed. Printed: the
-median, and the ratio of PyTorch's time in the same round to it (lowest to highest). The last line is JSON.
+through `model.encode` by tfinfer; with --sorted the others sort the rows by length first, as their callers may. All run
+in one process and take turns; PyTorch is transformers' BertModel with sdpa; OpenVINO and onnxruntime with a plain
+`torch.onnx.export` run where they are installed, optimum-onnx's graph where --optimum names the interpreter of an
+environment that has it. Printed: the median, and the ratio of PyTorch's time in the same round to it (lowest to highest).
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import gc
 import json
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -62,6 +65,17 @@ def padded(rows: Rows) -> tuple[Array, Array]:
     ids = np.zeros(mask.shape, np.int64)
     ids[mask] = np.concatenate([np.asarray(row) for row in rows])
     return ids, mask.astype(np.int64)
+
+
+def by_length(encode: Encode) -> Encode:
+    """The same vectors, of rows that were sorted by their lengths first."""
+
+    def encode_sorted(rows: Rows) -> Array:
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        vectors = encode([rows[i] for i in order])
+        return vectors[np.argsort(order)]
+
+    return encode_sorted
 
 
 def in_batches(hidden: Callable[[Array, Array], Array]) -> Encode:
@@ -118,14 +132,13 @@ def plain(module: Any, folder: Path, threads: int) -> Encode:
     return in_batches(run_of(ort.InferenceSession(path, session_options(threads))))
 
 
-def optimum(module: Any, folder: Path, threads: int) -> Encode:
-    """Exported by optimum and fused by its optimizer at level 2, the highest that keeps the results."""
+def optimum(module: Any, folder: Path, threads: int, python: str) -> Encode:
+    """The graph made by optimum in its own environment, which `python` is of, run by the onnxruntime of this one."""
     import onnxruntime as ort
-    from optimum.onnxruntime import AutoOptimizationConfig, ORTModelForFeatureExtraction, ORTOptimizer
 
     module.bert.save_pretrained(folder / "checkpoint")
-    model = ORTModelForFeatureExtraction.from_pretrained(folder / "checkpoint", export=True)
-    ORTOptimizer.from_pretrained(model).optimize(AutoOptimizationConfig.O2(), folder / "optimum")
+    script = Path(__file__).resolve().parent / "systems" / "optimum_encoder.py"
+    subprocess.run([python, str(script), str(folder / "checkpoint"), str(folder / "optimum")], check=True)
     path = str(folder / "optimum" / "model_optimized.onnx")
     return in_batches(run_of(ort.InferenceSession(path, session_options(threads))))
 
@@ -154,9 +167,9 @@ SYSTEMS: dict[str, tuple[Callable[[Any, Path, int], Encode], str]] = {
     "tfinfer": (ours, "tfinfer"),
     "openvino": (openvino, "openvino"),
     "plain onnx": (plain, "onnxscript"),
-    "optimum-onnx": (optimum, "optimum"),
 }
-PACKAGES = ("transformers", "onnxruntime", "openvino", "onnxscript", "optimum-onnx")
+OPTIMUM = "optimum-onnx"
+PACKAGES = ("transformers", "onnxruntime", "openvino", "onnxscript")
 
 
 # -- the measurement ------------------------------------------------------------------------------------------------
@@ -223,7 +236,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workloads", default="1x16,1x128,8x128,ragged")
-    parser.add_argument("--only", default=",".join(SYSTEMS), help="systems, separated by commas")
+    parser.add_argument("--only", default=",".join([*SYSTEMS, OPTIMUM]), help="systems, separated by commas")
+    parser.add_argument("--sorted", action="store_true", help="the others sort rows by length")
+    parser.add_argument("--optimum", metavar="PYTHON", help="the interpreter of an environment with optimum-onnx")
     a = parser.parse_args()
     threads, module = thread_count(a.threads).count, Hidden(bert(a.layers)).eval()
     asked = {BASE, *a.only.split(",")}
@@ -231,12 +246,20 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         systems = {name: make(module, Path(folder), threads) for name, make in there.items()}
+        if a.optimum and OPTIMUM in asked:
+            systems[OPTIMUM] = optimum(module, Path(folder), threads, a.optimum)
+        if a.sorted:
+            systems = {name: encode if name == "tfinfer" else by_length(encode) for name, encode in systems.items()}
         for name in a.workloads.split(","):
             results[name] = summary(measure(systems, workload(name), a.rounds))
             print("\n".join(table(name, results[name])), flush=True)
     about = {**environment(threads, "cpu"), **installed(PACKAGES)}
     print("\n".join(f"{key}: {value}" for key, value in about.items()))
-    print(json.dumps({"layers": a.layers, "rounds": a.rounds, "environment": about, "results": results}))
+    print(
+        json.dumps(
+            {"layers": a.layers, "rounds": a.rounds, "sorted": a.sorted, "environment": about, "results": results}
+        )
+    )
 
 
 if __name__ == "__main__":
