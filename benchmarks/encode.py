@@ -8,8 +8,8 @@ BxN is B rows of N ids; "ragged" is 256 rows of 8 to 256 ids, in batches of 32: 
 through `model.encode` by tfinfer; with --sorted the others sort the rows by length first, as their callers may. All run
 in one process and take turns; PyTorch is transformers' BertModel with sdpa; OpenVINO and onnxruntime with a plain
 `torch.onnx.export` run where they are installed, optimum-onnx's graph where --optimum names the interpreter of an
-environment that has it. Printed: the median, and the ratio of PyTorch's time in the same round to it (lowest to highest).
-The last line is JSON.
+environment that has it. Printed: the median, and the ratio of PyTorch's time in the same round to it (lowest to
+highest). The last line is JSON.
 """
 
 from __future__ import annotations
