@@ -109,14 +109,6 @@ def test_the_proof_has_it_read_prompts(folder):
     assert "one token, products in float32" not in names  # it would read nothing
 
 
-def test_packed_weights_of_8_bits_lie_on_large_pages_and_those_of_4_where_they_are(folder, monkeypatch):
-    moved = []
-    monkeypatch.setattr("tfinfer.session.decoder.enlarge", lambda before, after: moved.append(True))
-    bits = load_manifest(folder).weights.bits
-    with tfinfer.load(folder, threads=1):
-        assert len(moved) == {8: 1, 4: 0}[bits]
-
-
 @pytest.mark.parametrize(("least", "said"), [(96, "prompt.onnx reads those of 96 tokens and more"), (None, "decoder")])
 def test_inspect_says_which_graph_reads_prompts_here(folder, monkeypatch, least, said):
     monkeypatch.setattr("tfinfer.session.prompt.least_here", lambda: least)

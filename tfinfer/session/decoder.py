@@ -65,7 +65,7 @@ class Decoder:
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
         self.settings = opened.settings
         self._session: Any = opened.session
-        if self.device == "cpu" and (manifest.weights is None or manifest.weights.bits > 4):
+        if self.device == "cpu":
             enlarge(before, own_memory())
         self._check_signature()
         self.prompts = self._prompts(folder, threads, how)
