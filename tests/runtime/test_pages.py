@@ -5,7 +5,7 @@ import mmap
 import pytest
 
 import tfinfer
-from tfinfer.session.pages import LARGE, enlarge, grown, own_memory
+from tfinfer.session.pages import LARGE, LEAST, enlarge, grown, own_memory
 
 MAPS = """\
 00400000-00600000 r-xp 00000000 fe:00 12 /usr/bin/python
@@ -69,10 +69,12 @@ def test_ranges_within_a_page_are_not_offered():
     assert enlarge([], [(LARGE + 1, 2 * LARGE - 1)]) == 0
 
 
-def test_a_decoder_offers_what_opening_it_took(tiny, monkeypatch):
+@pytest.mark.parametrize("least", [0, LEAST])
+def test_a_decoder_of_some_size_offers_what_opening_it_took(tiny, monkeypatch, least):
     asked = []
+    monkeypatch.setattr("tfinfer.session.decoder.LEAST", least)
     monkeypatch.setattr("tfinfer.session.decoder.own_memory", lambda: [(0, len(asked) * LARGE)])
     monkeypatch.setattr("tfinfer.session.decoder.enlarge", lambda *ranges: asked.append(ranges))
     with tfinfer.load(tiny, threads=1) as model:
-        assert asked == [([(0, 0)], [(0, 0)])]
+        assert asked == ([] if least else [([(0, 0)], [(0, 0)])])
         assert model.generate([1, 2], max_tokens=2, stop_ids=[]).token_ids

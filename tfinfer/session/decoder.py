@@ -21,7 +21,7 @@ from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
-from tfinfer.session.pages import enlarge, own_memory
+from tfinfer.session.pages import LEAST, enlarge, own_memory
 from tfinfer.session.prompt import PromptGraph
 from tfinfer.session.providers import listed_providers
 from tfinfer.session.recorded import open_recording
@@ -58,14 +58,15 @@ class Decoder:
         self.manifest, self.roles = manifest, manifest.roles
         device, why_not = without_cuda(manifest, device)
         graph = manifest.graphs["decoder"]
-        before = own_memory()
+        is_large = sum(file.bytes for file in manifest.files.values()) >= LEAST
+        before = own_memory() if is_large else []
         opened, self.recording, self.not_recorded = open_recording(
             lambda records: open_graph(folder, graph, device, threads, how, records), manifest, cuda_graph
         )
         self.device, self.threads, self.reason = opened.device, opened.threads, why_not or opened.reason
         self.settings = opened.settings
         self._session: Any = opened.session
-        if self.device == "cpu":
+        if self.device == "cpu" and is_large:
             enlarge(before, own_memory())
         self._check_signature()
         self.prompts = self._prompts(folder, threads, how)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 LARGE = 2 << 20  # bytes
+LEAST = 16 << 20  # bytes of a folder: less lies in the processor's caches, or nearly
 COLLAPSE = 25  # MADV_COLLAPSE of Linux 6.1, https://man7.org/linux/man-pages/man2/madvise.2.html
 
 Range = tuple[int, int]  # addresses: the first, and the one behind the last
