@@ -5,7 +5,7 @@ import mmap
 import pytest
 
 import tfinfer
-from tfinfer.session.pages import LARGE, LEAST, enlarge, grown, own_memory
+from tfinfer.session.pages import LARGE, LEAST, enlarge, enlarge_meanwhile, grown, own_memory
 
 MAPS = """\
 00400000-00600000 r-xp 00000000 fe:00 12 /usr/bin/python
@@ -56,6 +56,17 @@ def test_what_came_is_told_from_what_was_there(before, after, new):
     assert list(grown(before, after)) == new
 
 
+def test_memory_that_moves_while_it_is_written_keeps_what_is_in_it():
+    before = own_memory()
+    with mmap.mmap(-1, 8 * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[:] = bytes(8 * LARGE)
+        thread = enlarge_meanwhile(before, own_memory())
+        for place in range(0, 8 * LARGE, 4096):
+            memory[place] = place // 4096 % 256
+        thread.join()
+        assert memory[::4096] == bytes(place % 256 for place in range(8 * LARGE // 4096))
+
+
 def test_memory_that_moves_keeps_what_is_in_it():
     before = own_memory()
     with mmap.mmap(-1, 8 * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
@@ -74,7 +85,7 @@ def test_a_decoder_of_some_size_offers_what_opening_it_took(tiny, monkeypatch, l
     asked = []
     monkeypatch.setattr("tfinfer.session.decoder.LEAST", least)
     monkeypatch.setattr("tfinfer.session.decoder.own_memory", lambda: [(0, len(asked) * LARGE)])
-    monkeypatch.setattr("tfinfer.session.decoder.enlarge", lambda *ranges: asked.append(ranges))
+    monkeypatch.setattr("tfinfer.session.decoder.enlarge_meanwhile", lambda *ranges: asked.append(ranges))
     with tfinfer.load(tiny, threads=1) as model:
         assert asked == ([] if least else [([(0, 0)], [(0, 0)])])
         assert model.generate([1, 2], max_tokens=2, stop_ids=[]).token_ids

@@ -21,7 +21,7 @@ from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.failures import run_bound
 from tfinfer.session.memory import ELEMENT_TYPES, CudaMemory, HostMemory
 from tfinfer.session.ort import onnxruntime, version
-from tfinfer.session.pages import LEAST, enlarge, own_memory
+from tfinfer.session.pages import LEAST, enlarge_meanwhile, own_memory
 from tfinfer.session.prompt import PromptGraph
 from tfinfer.session.providers import listed_providers
 from tfinfer.session.recorded import open_recording
@@ -67,7 +67,7 @@ class Decoder:
         self.settings = opened.settings
         self._session: Any = opened.session
         if self.device == "cpu" and is_large:
-            enlarge(before, own_memory())
+            enlarge_meanwhile(before, own_memory())
         self._check_signature()
         self.prompts = self._prompts(folder, threads, how)
         self.memory: HostMemory | CudaMemory = CudaMemory() if self.device == "cuda" else HostMemory()
