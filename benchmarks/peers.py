@@ -42,6 +42,7 @@ SYSTEMS = {
     "tfinfer graph": System("tfinfer_folder", "tfinfer", "graph", devices=("cuda",)),
     "tfinfer tuned": System("tfinfer_folder", "tfinfer", "tuned"),
     "tfinfer int8 cache": System("tfinfer_folder", "tfinfer", "int8 cache"),
+    "tfinfer per channel": System("tfinfer_folder", "tfinfer", "per channel"),
     "tfinfer 4-bit head": System("tfinfer_folder", "tfinfer", NARROW_HEAD),
     "ruler": System("ruler_graph", "onnxruntime"),
     "transformers": System("torch_eager", "transformers", devices=BOTH),
@@ -94,6 +95,9 @@ def main() -> None:
     parser.add_argument("--openings", type=int, default=2, help="how often every system is opened anew")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", help="names of systems, separated by commas")
+    parser.add_argument(
+        "--ours", default=OURS, choices=[s for s in SYSTEMS if s.startswith(OURS)], help="in the ratios"
+    )
     parser.add_argument("--python", action="append", default=[], help="NAME=interpreter that has its packages")
     parser.add_argument("--cache", type=Path, default=Path("out/bench"), help="checkpoints and what was made of them")
     parser.add_argument("--json", type=Path)
@@ -136,7 +140,7 @@ def _run_bits(
         why |= _open_and_measure(a, names, given, found)
     records = []
     for prompt, every in found.items():
-        result = summary(joined(every), prompt)
+        result = summary(joined(every), prompt, a.ours)
         context, flop = prompt + a.new // 2, flop_of_prompt(a.shape, prompt)
         for name, row in result.items():
             read = bytes_per_token(a.shape, bits, context, 4 if SYSTEMS[name].setting == NARROW_HEAD else 8)
@@ -147,7 +151,7 @@ def _run_bits(
             f"\n{a.shape}, {bits} bits on {a.device}, prompt {prompt}, {a.new} new tokens, {threads} threads, "
             f"opened {a.openings} times for {a.rounds} rounds"
         )
-        print("\n".join(lines(result)), flush=True)
+        print("\n".join(lines(result, a.ours)), flush=True)
         asked = {"shape": a.shape, "device": a.device, "bits": bits, "prompt": prompt, "new": a.new}
         records.append({**asked, "limit": limit, "failed": why, "systems": result})
     return records

@@ -14,8 +14,8 @@ from checkpoints import SHAPES
 OURS = "tfinfer"
 
 
-def summary(found: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, dict[str, Any]]:
-    """Medians, and the ratios to tfinfer: above 1 where tfinfer is faster."""
+def summary(found: dict[str, list[dict[str, Any]]], prompt: int, ours: str = OURS) -> dict[str, dict[str, Any]]:
+    """Medians, and the ratios to `ours`: above 1 where that is faster."""
     result = {}
     for name, rounds in found.items():
         first = [r["seconds"][0] for r in rounds]
@@ -28,10 +28,10 @@ def summary(found: dict[str, list[dict[str, Any]]], prompt: int) -> dict[str, di
             "between_tokens_ms": {f"p{q}": round(1e3 * float(np.percentile(every, q)), 3) for q in (50, 90, 95, 99)},
             "memory_mib": max(r["memory"] for r in rounds),
             "tokens": rounds[0]["tokens"],
-            "first_tokens_as_ours": agreeing(rounds, found.get(OURS, rounds)),
+            "first_tokens_as_ours": agreeing(rounds, found.get(ours, rounds)),
         }
-        if OURS in found:
-            own = found[OURS]
+        if ours in found:
+            own = found[ours]
             row["prefill_ratio"] = spread([a / b["seconds"][0] for a, b in zip(first, own)])
             row["decode_ratio"] = spread([a / statistics.median(b["seconds"][1:]) for a, b in zip(between, own)])
         result[name] = row
@@ -106,10 +106,10 @@ def shares(row: dict[str, Any], read: int, flop: int, limits: dict[str, float]) 
     return {"of_read_limit": round(of_reads, 3), "of_gemm_rate": round(of_products, 3)}
 
 
-def lines(result: dict[str, dict[str, Any]]) -> list[str]:
+def lines(result: dict[str, dict[str, Any]], ours: str = OURS) -> list[str]:
     """The result as a table for people."""
     out = [
-        "| system | decode | tfinfer is | of the read limit | prefill | tfinfer is | of the GEMM rate | memory "
+        f"| system | decode | {ours} is | of the read limit | prefill | {ours} is | of the GEMM rate | memory "
         "| same tokens |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
@@ -118,7 +118,7 @@ def lines(result: dict[str, dict[str, Any]]) -> list[str]:
         for kind, share in (("decode", row["of_read_limit"]), ("prefill", row["of_gemm_rate"])):
             ratio = row.get(f"{kind}_ratio")
             cells.append(f"{row[f'{kind}_tokens_per_s']:.1f} tok/s")
-            cells.append("{:.2f} x ({:.2f} to {:.2f})".format(*ratio) if ratio and name != OURS else "")
+            cells.append("{:.2f} x ({:.2f} to {:.2f})".format(*ratio) if ratio and name != ours else "")
             cells.append(f"{share:.2f}" if share else "")
         cells += [f"{row['memory_mib']} MiB", str(row["first_tokens_as_ours"])]
         out.append(f"| {' | '.join(cells)} |")

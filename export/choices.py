@@ -47,6 +47,11 @@ def choose(
     if calibration is not None and cache != "int8":
         check_calibrates(small, dtype)
     width = _width(dtype, activations)
+    if small.per_channel and width != "fp32":
+        raise InputError(
+            "a scale for each channel is for processors, which compute in float32: leave out either per_channel or "
+            f"the {width} activations"
+        )
     small_cache.check(cache, width, flavor, also)
     return Chosen(dtype, width, small, cache, None if calibration is None else Path(calibration))
 

@@ -75,6 +75,7 @@ def export_model(
     tokenizer: str | os.PathLike[str] | None = None,
     adapters: Sequence[str | os.PathLike[str]] = (),
     block_size: int | None = None,
+    per_channel: bool = False,
     head_bits: int | None = None,
     symmetric: bool = True,
     keep: Sequence[str] = (),
@@ -107,17 +108,16 @@ def export_model(
         block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128),
             whether to do without zero points, patterns of names of weights that stay float32, and the least share of
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
+        per_channel: of int8: a scale for each channel in place of blocks, for products of whole numbers on a CPU.
         activations: of int8 and int4: "fp32", or for CUDA "fp16" or "bf16", of cache and scales too.
-        quantiser: "rtn" rounds each weight to the nearest number; "gptq", the default of int4, for the inputs that it
-            gets on a text.
+        quantiser: "rtn" rounds each weight to the nearest number; "gptq", the default of int4, for its inputs on a text.
         cache: "float32" or "int8": keys and values of a decoder rounded to 8 bits, with a scale for each feature.
-        calibration: a file with a text for gptq and for the ranges of an int8 cache, which needs a tokenizer; by
-            default the model writes its own.
+        calibration: a file with that text, also for an int8 cache; needs a tokenizer. The model writes its own if None.
 
     Raises CaptureError where the module cannot be followed, ProofError where the graph computes something else,
     SourceError and TargetError for what cannot be read or written. Nothing is written unless all of it succeeds.
     """
-    small = Small(block_size, symmetric, tuple(keep), keep_agreement, quantiser, head_bits)
+    small = Small(block_size, symmetric, tuple(keep), keep_agreement, quantiser, head_bits, per_channel)
     chosen = choose(dtype, flavor, kind, activations, small, cache, calibration, also)
     check_length("max_length", max_length)
     check_length("max_source_length", max_source_length)

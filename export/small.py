@@ -43,6 +43,7 @@ class Small:
     of the names of weights that stay float32. agreement: the least share of first choices that must be PyTorch's, for
     which matrices are widened where that helps most. quantiser: "rtn" or "gptq"; None: gptq for
     4 bits, rtn for 8, where gptq gains next to nothing. head_bits: of the last product and of the embedding; None: 8.
+    per_channel: a scale for each channel of a matrix in place of blocks, for products of whole numbers; int8 alone.
     """
 
     block_size: int | None = None
@@ -51,6 +52,7 @@ class Small:
     agreement: float | None = None
     quantiser: str | None = None
     head_bits: int | None = None
+    per_channel: bool = False
 
     def quantiser_of(self, dtype: str) -> str:
         return self.quantiser or ("gptq" if dtype == "int4" else "rtn")
@@ -63,7 +65,10 @@ class Small:
                 raise InputError(f"keep: no weight is named {pattern!r}; there are {_some(names)}")
         base = RECIPES[dtype]
         size, head_bits = self.block_size or base.block_size, self.head_bits or base.head_bits
-        return replace(base, head_bits=head_bits, block_size=size, symmetric=self.symmetric, keep=self.keep)
+        return replace(
+            base, head_bits=head_bits, block_size=size, symmetric=self.symmetric, per_channel=self.per_channel,
+            keep=self.keep,
+        )  # fmt: skip
 
 
 def check(small: Small, dtype: str) -> None:
@@ -80,8 +85,8 @@ def check(small: Small, dtype: str) -> None:
         raise InputError(f"expected head_bits to be one of {', '.join(map(str, HEAD_BITS))}, got {small.head_bits!r}")
     if small != Small() and dtype not in RECIPES:
         raise InputError(
-            "block sizes, bits of the head, zero points, kept weights, agreements and quantisers are for weights of a "
-            f"few bits: give the dtype int8 or int4, not {dtype}"
+            "block sizes, scales by channel, bits of the head, zero points, kept weights, agreements and quantisers "
+            f"are for weights of a few bits: give the dtype int8 or int4, not {dtype}"
         )
     # A head is rounded no more coarsely than all the rest is: what it loses reaches every token.
     if small.head_bits is not None and small.head_bits < RECIPES[dtype].bits:
@@ -89,6 +94,10 @@ def check(small: Small, dtype: str) -> None:
             f"expected head_bits to be 8 with the dtype {dtype}, got {small.head_bits}: give the dtype int4 for a head "
             "of 4 bits, or leave head_bits out"
         )
+    if small.per_channel and dtype != "int8":
+        raise InputError(f"a scale for each channel is for weights of 8 bits: give the dtype int8, not {dtype}")
+    if small.per_channel and not small.symmetric:
+        raise InputError("a scale for each channel has no zero point: leave out either per_channel or asymmetric")
 
 
 def check_calibrates(small: Small, dtype: str) -> None:
@@ -154,7 +163,7 @@ class Shrinking:
         graph_files.save(self.graphs, self.folder)
         self.spec = WeightsSpec(
             recipe.bits, recipe.head_bits, recipe.block_size, recipe.symmetric, count,
-            wider=len(set(recipe.wider) - set(recipe.keep)),
+            per_channel=recipe.per_channel, wider=len(set(recipe.wider) - set(recipe.keep)),
             kept=sum(len(weights_of(self.graphs[name])) for name in self.whole),
             quantiser=self.quantiser, calibration=self.ids.origin if self.ids else None,
             calibration_tokens=self.ids.tokens if self.ids else 0,
@@ -169,8 +178,8 @@ def narrowest(recipe: Recipe, names: Sequence[str], wanted: float, judge: Judge)
     """The recipe that widens as few matrices as needed for an agreement of `wanted`.
 
     Groups of neighbouring matrices are widened one at a time and judged by the short cases: those that gain most come
-    first, to 8 bits and then to their own width. How many of these steps are needed is found by halving, each judged by
-    all cases.
+    first, to blocks of 8 bits and then to their own width. How many of these steps are needed is found by halving,
+    each judged by all cases.
     """
     if judge(recipe, False).agreement >= wanted:
         return recipe
@@ -187,16 +196,16 @@ def narrowest(recipe: Recipe, names: Sequence[str], wanted: float, judge: Judge)
 
 
 def _steps(recipe: Recipe, names: Sequence[str], judge: Judge) -> list[tuple[str, tuple[str, ...]]]:
-    """What may be widened, and how, in the order of what it gains: all to 8 bits first, where they have fewer."""
+    """What may be widened, and how, in the order of what it gains: all to blocks of 8 bits first, if they have less."""
     groups = [tuple(map(str, part)) for part in np.array_split(np.array(names), min(GROUPS, len(names)))]
 
     def loss(how: str, group: tuple[str, ...]) -> tuple[float, float]:
         verdict = judge(_widened(recipe, [(how, group)]), True)
         return -verdict.agreement, sum(case.worst for case in verdict.cases)
 
-    order = {group: loss("wider" if recipe.bits < 8 else "keep", group) for group in groups}
+    ways = ("wider", "keep") if recipe.bits < 8 or recipe.per_channel else ("keep",)
+    order = {group: loss(ways[0], group) for group in groups}
     groups.sort(key=order.__getitem__)
-    ways = ("wider", "keep") if recipe.bits < 8 else ("keep",)
     return [(how, group) for how in ways for group in groups]
 
 

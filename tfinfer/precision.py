@@ -24,8 +24,9 @@ class RangeSpec:
 class WeightsSpec:
     """How the weights were made small, and what that costs.
 
-    agreement: share of the proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices
-    have 8 bits in place of `bits`, and how many are as wide as they were. quantiser: "rtn", each number to its
+    block_size: numbers that share a scale; per_channel: whole columns do, but in embedding and head. agreement: share
+    of the proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices have 8 bits by
+    blocks in place of what the rest have, and how many are as wide as they were. quantiser: "rtn", each number to its
     nearest, or "gptq", for the inputs that the matrices get on a text: calibration says which, of so many tokens.
     """
 
@@ -40,6 +41,7 @@ class WeightsSpec:
     quantiser: str = "rtn"
     calibration: str | None = None
     calibration_tokens: int = 0
+    per_channel: bool = False
 
 
 @dataclass(frozen=True)

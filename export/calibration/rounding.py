@@ -38,5 +38,5 @@ def round_for_inputs(
 
 def _rounded(matrix: Narrow, known: Mapping[str, Inputs], recipe: Recipe) -> Blocks:
     inputs = functools.reduce(operator.add, (known[name] for name in matrix.inputs))
-    given = (recipe.bits, recipe.block_size)
+    given = recipe.of_product(matrix.k)
     return rounded(matrix.matrix(), inputs.hessian, inputs.count, *given, symmetric=recipe.symmetric)

@@ -1,4 +1,4 @@
-"""Matrices in 8 or 4 bits by blocks: each block of a column has a scale, and a zero point where it is not symmetric.
+"""Matrices in 8, 7 or 4 bits by blocks: each block of a column has a scale, and a zero point where it is not symmetric.
 
 The layout is that of com.microsoft.MatMulNBits: (columns, blocks, bytes), two 4-bit numbers in a byte, low half first;
 scales (columns, blocks); zero points (columns, bytes), packed the same way.
@@ -26,7 +26,7 @@ class Blocks:
     bits: int
     block_size: int
     k: int
-    data: Bytes  # (n, ceil(k / block_size), block_size * bits / 8)
+    data: Bytes  # (n, ceil(k / block_size), bytes of block_size numbers)
     scales: Floats  # (n, blocks)
     zeros: Bytes | None  # (n, ceil(blocks * bits / 8))
 
@@ -118,7 +118,7 @@ def _error(rows: Floats, weights: Floats, numbers: Bytes, scales: Floats, zeros:
 
 def _packed(numbers: Bytes, bits: int) -> Bytes:
     """(rows, ceil(count * bits / 8)) bytes of (rows, count) numbers."""
-    if bits == 8:
+    if bits > 4:
         return numbers
     even = np.pad(numbers, ((0, 0), (0, numbers.shape[1] % 2)))
     return even[:, ::2] | (even[:, 1::2] << np.uint8(4))
@@ -126,7 +126,7 @@ def _packed(numbers: Bytes, bits: int) -> Bytes:
 
 def _unpacked(packed: Bytes, bits: int) -> Bytes:
     """The numbers again, along the last axis; of an odd count one too many."""
-    if bits == 8:
+    if bits > 4:
         return packed
     both = np.stack([packed & 15, packed >> 4], axis=-1)
     return both.reshape(*packed.shape[:-1], -1)

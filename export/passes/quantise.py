@@ -2,6 +2,7 @@
 
 onnxruntime multiplies such weights as they are, activations rounded to 8 bits by block (accuracy_level 4): a decoder's
 step reads a quarter or an eighth of the bytes. Without accuracy_level 8-bit weights are made float32 anew in each call.
+Or by channel, for products of whole numbers: see per_channel.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from . import dead_nodes, small_bias
+from . import common, dead_nodes, per_channel, small_bias
 from .blocks import Blocks, quantised
 from .joined import PARTS
 from .matching import CONTRIB, SHARED, replace
@@ -29,9 +30,10 @@ class Recipe:
     """How weights become small.
 
     bits: of products. head_bits: of the last product and of the embedding. block_size: numbers that share a scale; of
-    the last product and the embedding fewer where that fills their rows, as `filling` has it. wider: patterns of names
-    of weights that get 8 bits. keep: of those that stay as they are. The name of a weight is the module's own; one that
-    was joined of several goes by all of theirs.
+    the last product and the embedding fewer where that fills their rows, as `filling` has it. per_channel: a scale
+    for each channel in place of blocks, but for the last product and the embedding; with 8 bits, symmetric. wider:
+    patterns of names of weights that get 8 bits by blocks. keep: of those that stay as they are. The name of a weight
+    is the module's own; one that was joined of several goes by all of theirs.
     """
 
     bits: int
@@ -39,8 +41,13 @@ class Recipe:
     block_size: int
     symmetric: bool = True
     search: bool = True
+    per_channel: bool = False
     wider: tuple[str, ...] = field(default=())
     keep: tuple[str, ...] = field(default=())
+
+    def of_product(self, k: int) -> tuple[int, int]:
+        """The bits of a matrix (k, n) that is no head and not to be wider, and how many numbers share a scale."""
+        return (per_channel.BITS, k) if self.per_channel else (self.bits, self.block_size)
 
 
 Key = tuple[int, bool, int, int, bool]
@@ -72,6 +79,8 @@ def run(model: ir.Model, recipe: Recipe, made: Made | None = None) -> int:
     """
     fired = _Quantising(model.graph, recipe, {} if made is None else made).run()
     small_bias.run(model)
+    if recipe.per_channel:
+        common.run(model)  # rows that several products multiply are rounded once
     dead_nodes.run(model)  # the weights as they were
     return fired
 
@@ -93,7 +102,7 @@ def narrow(model: ir.Model, recipe: Recipe) -> list[Narrow]:
         assert tensor is not None
         assert x is not None
         transposed = node.op_type == "FusedMatMul"
-        key = _key(tensor, transposed, recipe.bits, recipe.block_size, recipe)
+        key = _key(tensor, transposed, *recipe.of_product(int(tensor.shape.numpy()[transposed])), recipe)
         inputs = found[key].inputs if key in found else ()
         found[key] = Narrow(key, tensor, transposed, tuple(dict.fromkeys((*inputs, str(x.name)))))
     return list(found.values())
@@ -110,6 +119,11 @@ def filling(k: int, block_size: int) -> int:
 
 def _key(tensor: ir.TensorProtocol, transposed: bool, bits: int, block_size: int, recipe: Recipe) -> Key:
     return id(tensor), transposed, bits, block_size, recipe.symmetric
+
+
+def _k(weight: ir.Value, transposed: bool) -> int:
+    assert weight.const_value is not None
+    return int(weight.const_value.shape.numpy()[transposed])
 
 
 def _names(weight: ir.Value) -> tuple[str, ...]:
@@ -142,10 +156,12 @@ class _Quantising:
 
     def _blocks(self, weight: ir.Value, transposed: bool, bits: int, fills: bool) -> Blocks:
         """transposed: whether the weight lies (columns, k) already, as an embedding does."""
+        size = self.recipe.block_size
+        return self._rounded(weight, transposed, bits, filling(_k(weight, transposed), size) if fills else size)
+
+    def _rounded(self, weight: ir.Value, transposed: bool, bits: int, size: int) -> Blocks:
         tensor, recipe = weight.const_value, self.recipe
         assert tensor is not None
-        k = int(tensor.shape.numpy()[transposed])
-        size = filling(k, recipe.block_size) if fills else recipe.block_size
         key = _key(tensor, transposed, bits, size, recipe)
         if key not in self.made:
             matrix = tensor.numpy().T if transposed else tensor.numpy()
@@ -158,6 +174,26 @@ class _Quantising:
         return 8 if _is_named(weight, self.recipe.wider) else bits
 
     def _product(self, node: ir.Node, weight: ir.Value, is_head: bool) -> None:
+        if self.recipe.per_channel and not is_head and not _is_named(weight, self.recipe.wider):
+            self._per_channel(node, weight)
+        else:
+            self._by_blocks(node, weight, is_head)
+
+    def _per_channel(self, node: ir.Node, weight: ir.Value) -> None:
+        transposed = node.op_type == "FusedMatMul"
+        blocks = self._rounded(weight, transposed, *self.recipe.of_product(_k(weight, transposed)))
+        data, scales = per_channel.operands(blocks)
+        constants: dict[str, np.ndarray] = {
+            "step": np.array(1 / per_channel.LEVELS, np.float32), "middle": np.array(128, np.uint8),
+            "last": np.array([-1], np.int64),
+        }  # fmt: skip
+        per_channel.put(
+            self.graph, node, self._initializer(f"{weight.name}.channels.data", data),
+            self._initializer(f"{weight.name}.channels.scales", scales),
+            {name: self._initializer(f"channels.{name}", array) for name, array in constants.items()},
+        )  # fmt: skip
+
+    def _by_blocks(self, node: ir.Node, weight: ir.Value, is_head: bool) -> None:
         bits = self._bits(weight, self.recipe.head_bits if is_head else self.recipe.bits)
         blocks = self._blocks(weight, node.op_type == "FusedMatMul", bits, is_head)
         attributes = {

@@ -23,6 +23,12 @@ def skip_norm(op_type="SkipLayerNormalization", dtype=ir.DataType.FLOAT16):
     return ir.node(op_type, [value("x"), value("residual"), weight], domain=CONTRIB)
 
 
+def small_product(*bias):
+    given = [value(name) for name in ("x", "weights", "scales")]
+    biases = [ir.Value(name="bias", type=ir.TensorType(dtype)) for dtype in bias]
+    return ir.node("MatMulNBits", [*given, *([None, None, *biases] if bias else [])], domain=CONTRIB)
+
+
 def graph(*nodes):
     return ir.Model(ir.Graph([], [], nodes=nodes, opset_imports={"": 21, CONTRIB: 1}), ir_version=10)
 
@@ -38,6 +44,9 @@ def plain(op_type):
         (lambda: [attention()], "1.24"),
         (lambda: [skip_norm(dtype=ir.DataType.FLOAT)], "1.24"),
         (lambda: [skip_norm(dtype=ir.DataType.BFLOAT16)], "1.30"),
+        (lambda: [small_product(), small_product(ir.DataType.FLOAT)], "1.24"),
+        (lambda: [small_product(ir.DataType.FLOAT16)], "1.28"),
+        (lambda: [small_product(ir.DataType.BFLOAT16)], "1.28"),
         (lambda: [plain("TensorScatter"), attention()], "1.25"),
         (lambda: [attention(kv_cache_bit_width=8)], "1.28"),
         (lambda: [plain("TensorScatter"), plain("Attention")], "1.28"),

@@ -16,6 +16,7 @@ from tfinfer.cli.console import many, say_json, size, table
 
 if TYPE_CHECKING:
     from tfinfer.manifest import Manifest, TensorSpec
+    from tfinfer.precision import WeightsSpec
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
@@ -123,20 +124,27 @@ def _node_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield "nodes", f"  {layer.count} x {sum(layer.operators.values())}: {listed}"
 
 
+def _shape(small: WeightsSpec) -> str:
+    """Of which numbers weights of a few bits are made."""
+    blocks, head = f"in blocks of {small.block_size}", f"head and embedding int{small.head_bits}"
+    told = f"int{small.bits} by channel, {head} {blocks}" if small.per_channel else f"int{small.bits} {blocks}, {head}"
+    if small.symmetric is False:
+        told += ", with zero points"
+    if small.wider or small.kept:
+        wider = "in int8 by blocks" if small.per_channel else "wider in int8"
+        told += f", {small.wider} of them {wider}, {small.kept} in float32"
+    if small.calibration is not None:
+        told += f", {small.quantiser} on {many(small.calibration_tokens, 'token')} of {small.calibration}"
+    return told
+
+
 def _kind_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What goes in and comes out, and how much of it."""
     source, target = manifest.max_source_length, f"up to {manifest.max_length} tokens"
     lengths = f"source up to {source} tokens, target {target}" if source else target
     yield "kind", f"{manifest.kind}, {manifest.dtype}, flavor {manifest.flavor}, {lengths}"
     if (small := manifest.weights) is not None:
-        shape = f"int{small.bits} in blocks of {small.block_size}, head and embedding int{small.head_bits}"
-        if small.symmetric is False:
-            shape += ", with zero points"
-        if small.wider or small.kept:
-            shape += f", {small.wider} of them wider in int8, {small.kept} in float32"
-        if small.calibration is not None:
-            shape += f", {small.quantiser} on {many(small.calibration_tokens, 'token')} of {small.calibration}"
-        yield "weights", f"{shape}; {_first_choices(small.agreement)}"
+        yield "weights", f"{_shape(small)}; {_first_choices(small.agreement)}"
     if (found := manifest.range) is not None:
         operators = f"{many(found.kept, 'operator')} float32 for values above {found.limit:,.0f}"
         yield "range", f"up to {found.largest:,.4g} in {many(found.tokens, 'token')} of {found.origin}; {operators}"
