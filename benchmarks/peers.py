@@ -95,9 +95,8 @@ def main() -> None:
     parser.add_argument("--openings", type=int, default=2, help="how often every system is opened anew")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", help="names of systems, separated by commas")
-    parser.add_argument(
-        "--ours", default=OURS, choices=[s for s in SYSTEMS if s.startswith(OURS)], help="in the ratios"
-    )
+    own = [name for name in SYSTEMS if name.startswith(OURS)]
+    parser.add_argument("--ours", default=OURS, choices=own, help="what the ratios are of")
     parser.add_argument("--python", action="append", default=[], help="NAME=interpreter that has its packages")
     parser.add_argument("--cache", type=Path, default=Path("out/bench"), help="checkpoints and what was made of them")
     parser.add_argument("--json", type=Path)

@@ -1,4 +1,4 @@
-"""What weights of 4 bits cost: each quantiser and block size against the float32 graph, on a text that none was given.
+"""What weights of few bits cost: quantisers and block sizes against the float32 graph, on a text that none was given.
 
     python benchmarks/quantise.py SOURCE --weights FILE --tokenizer FILE --text held_out.txt [--calibration FILE]
 
@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,22 @@ def compared(folder: Path, reference: Path, pieces: list[Any]) -> dict[str, floa
     return {"kl": float(np.mean(kl)), "same": float(np.mean(same)), "loss": float(np.mean(loss))}
 
 
+def recipes(calibrations: Sequence[Path], symmetric: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and options of exports: 4 bits in blocks of every size, 8 bits in blocks and by channel."""
+    shared = {"symmetric": symmetric, "attention": False}
+    gptq: list[dict[str, Any]] = [
+        {"quantiser": "gptq"},
+        *({"quantiser": "gptq", "calibration": c} for c in calibrations),
+    ]
+    for size in (32, 64, 128):
+        for way in ({"quantiser": "rtn"}, *gptq):
+            yield f"int4 in blocks of {size:3}", {"dtype": "int4", "block_size": size, **shared, **way}
+    yield "int8 in blocks of 128", {"dtype": "int8", **shared}
+    if symmetric:
+        for way in ({"quantiser": "rtn"}, *gptq):
+            yield "int8 by channel", {"dtype": "int8", "per_channel": True, **shared, **way}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
@@ -58,27 +74,23 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     a = parser.parse_args()
     source = load_source(a.source, weights=a.weights, tokenizer=a.tokenizer)
-    ways: list[dict[str, Any]] = [{"quantiser": "rtn"}, {"quantiser": "gptq"}]
-    if a.calibration:
-        ways.append({"quantiser": "gptq", "calibration": a.calibration})
     rows = []
     with tempfile.TemporaryDirectory() as place:
         wide = export_model(source, Path(place) / "wide", attention=False).manifest
         pieces = read_text(a.text, source.tokenizer, wide.max_length, wide.vocab_size).pieces
         chosen = [pieces[i] for i in np.unique(np.linspace(0, len(pieces) - 1, PIECES).astype(int))]
-        for size in (32, 64, 128):
-            for way in ways:
-                out, start = Path(place) / "small", time.perf_counter()
-                given = {"dtype": "int4", "block_size": size, "symmetric": not a.asymmetric, "attention": False}
-                made = export_model(source, out, overwrite=True, **given, **way).manifest.weights
-                found = compared(out, Path(place) / "wide", chosen)
-                row = {"block_size": size, "quantiser": made.quantiser, "on": made.calibration}
-                rows.append(row | found | {"seconds": time.perf_counter() - start, "proof": made.agreement})
-                print(
-                    f"blocks of {size:3}, {made.quantiser:4} on {made.calibration or '-':14} KL {found['kl']:.4f}, "
-                    f"same first choice {found['same']:.1%}, loss + {found['loss']:.4f}",
-                    flush=True,
-                )
+        for name, options in recipes([a.calibration] if a.calibration else [], not a.asymmetric):
+            out, start = Path(place) / "small", time.perf_counter()
+            made = export_model(source, out, overwrite=True, **options).manifest.weights
+            assert made is not None
+            found = compared(out, Path(place) / "wide", chosen)
+            row = {"weights": name, "quantiser": made.quantiser, "on": made.calibration}
+            rows.append(row | found | {"seconds": time.perf_counter() - start, "proof": made.agreement})
+            print(
+                f"{name:21}, {made.quantiser:4} on {made.calibration or '-':14} KL {found['kl']:.4f}, "
+                f"same first choice {found['same']:.1%}, loss {found['loss']:+.4f}",
+                flush=True,
+            )
     print(json.dumps(rows))
 
 

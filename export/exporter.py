@@ -110,7 +110,7 @@ def export_model(
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
         per_channel: of int8: a scale for each channel in place of blocks, for products of whole numbers on a CPU.
         activations: of int8 and int4: "fp32", or for CUDA "fp16" or "bf16", of cache and scales too.
-        quantiser: "rtn" rounds each weight to the nearest number; "gptq", the default of int4, for its inputs on a text.
+        quantiser: "rtn" rounds each weight to the nearest number, "gptq", the default of int4, for its inputs on text.
         cache: "float32" or "int8": keys and values of a decoder rounded to 8 bits, with a scale for each feature.
         calibration: a file with that text, also for an int8 cache; needs a tokenizer. The model writes its own if None.
 
