@@ -49,7 +49,7 @@ def choose(
     width = _width(dtype, activations)
     if small.per_channel and width != "fp32":
         raise InputError(
-            "a scale for each channel is for processors, which compute in float32: leave out either per_channel or "
+            "a scale for each channel is for CPUs, which compute in float32: leave out either per_channel or "
             f"the {width} activations"
         )
     small_cache.check(cache, width, flavor, also)

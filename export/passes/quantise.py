@@ -31,9 +31,9 @@ class Recipe:
 
     bits: of products. head_bits: of the last product and of the embedding. block_size: numbers that share a scale; of
     the last product and the embedding fewer where that fills their rows, as `filling` has it. per_channel: a scale
-    for each channel in place of blocks, but for the last product and the embedding; with 8 bits, symmetric. wider:
-    patterns of names of weights that get 8 bits by blocks. keep: of those that stay as they are. The name of a weight
-    is the module's own; one that was joined of several goes by all of theirs.
+    for each channel in place of blocks, but for the embedding, which is another matrix then; with 8 bits, symmetric.
+    wider: patterns of names of weights that get 8 bits by blocks. keep: of those that stay as they are. The name of a
+    weight is the module's own; one that was joined of several goes by all of theirs.
     """
 
     bits: int
@@ -46,7 +46,7 @@ class Recipe:
     keep: tuple[str, ...] = field(default=())
 
     def of_product(self, k: int) -> tuple[int, int]:
-        """The bits of a matrix (k, n) that is no head and not to be wider, and how many numbers share a scale."""
+        """Of a matrix (k, n) that is not to be wider: its bits, and how many of its numbers share a scale."""
         return (per_channel.BITS, k) if self.per_channel else (self.bits, self.block_size)
 
 
@@ -102,7 +102,7 @@ def narrow(model: ir.Model, recipe: Recipe) -> list[Narrow]:
         assert tensor is not None
         assert x is not None
         transposed = node.op_type == "FusedMatMul"
-        key = _key(tensor, transposed, *recipe.of_product(int(tensor.shape.numpy()[transposed])), recipe)
+        key = _key(tensor, transposed, *recipe.of_product(_k(weight, transposed)), recipe)
         inputs = found[key].inputs if key in found else ()
         found[key] = Narrow(key, tensor, transposed, tuple(dict.fromkeys((*inputs, str(x.name)))))
     return list(found.values())
@@ -174,7 +174,7 @@ class _Quantising:
         return 8 if _is_named(weight, self.recipe.wider) else bits
 
     def _product(self, node: ir.Node, weight: ir.Value, is_head: bool) -> None:
-        if self.recipe.per_channel and not is_head and not _is_named(weight, self.recipe.wider):
+        if self.recipe.per_channel and not _is_named(weight, self.recipe.wider):
             self._per_channel(node, weight)
         else:
             self._by_blocks(node, weight, is_head)

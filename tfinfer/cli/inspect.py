@@ -126,8 +126,11 @@ def _node_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 def _shape(small: WeightsSpec) -> str:
     """Of which numbers weights of a few bits are made."""
-    blocks, head = f"in blocks of {small.block_size}", f"head and embedding int{small.head_bits}"
-    told = f"int{small.bits} by channel, {head} {blocks}" if small.per_channel else f"int{small.bits} {blocks}, {head}"
+    blocks = f"in blocks of {small.block_size}"
+    if small.per_channel:
+        told = f"int{small.bits} by channel, embedding {blocks}"
+    else:
+        told = f"int{small.bits} {blocks}, head and embedding int{small.head_bits}"
     if small.symmetric is False:
         told += ", with zero points"
     if small.wider or small.kept:
