@@ -67,7 +67,8 @@ def _contexts(axis: Any, records: Sequence[dict[str, Any]]) -> None:
         ]
         ours = name.startswith("tfinfer")
         style = {"color": OURS, "linewidth": 2.5} if ours else {"color": COLOURS[place % len(COLOURS)], "linewidth": 1}
-        axis.plot(*zip(*sorted(points)), marker="o", label=name, **style)
+        dashes = "--" if ours and name != "tfinfer" else "-"
+        axis.plot(*zip(*sorted(points)), marker="o", label=name, linestyle=dashes, **style)
     axis.set_xlabel("tokens of prompt")
     axis.set_ylabel("ms between tokens")
     axis.set_ylim(bottom=0)
