@@ -51,10 +51,7 @@ def compared(folder: Path, reference: Path, pieces: list[Any]) -> dict[str, floa
 def recipes(calibrations: Sequence[Path], symmetric: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and options of exports: 4 bits in blocks of every size, 8 bits in blocks and by channel."""
     shared = {"symmetric": symmetric, "attention": False}
-    gptq: list[dict[str, Any]] = [
-        {"quantiser": "gptq"},
-        *({"quantiser": "gptq", "calibration": c} for c in calibrations),
-    ]
+    gptq: list[dict[str, Any]] = [{"quantiser": "gptq", "calibration": text} for text in (None, *calibrations)]
     for size in (32, 64, 128):
         for way in ({"quantiser": "rtn"}, *gptq):
             yield f"int4 in blocks of {size:3}", {"dtype": "int4", "block_size": size, **shared, **way}

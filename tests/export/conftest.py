@@ -6,6 +6,10 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
+
+from tfinfer.cli.main import tfinfer as cli
+from tfinfer.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "zoo"))
 
@@ -36,3 +40,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for category in ("FutureWarning", "DeprecationWarning", "UserWarning"):
             item.add_marker(pytest.mark.filterwarnings(f"ignore::{category}:(torch|copyreg|onnx_ir)"))
+
+
+@pytest.fixture
+def asked_by_command(tmp_path, monkeypatch):
+    """What `tfinfer export` with some flags asks `export_model` for, which is not run."""
+    asked = {}
+
+    def export(module, out, **options):
+        asked.update(options)
+        raise InputError("enough")
+
+    def ask(*flags):
+        asked.clear()
+        done = CliRunner().invoke(
+            cli, ["export", "tests/zoo/python_writer.py:build", "-o", str(tmp_path / "out"), *flags]
+        )
+        assert done.exit_code == 2, done.output
+        return dict(asked)
+
+    monkeypatch.setattr("tfinfer.export.export_model", export)
+    return ask

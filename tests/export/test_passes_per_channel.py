@@ -190,15 +190,6 @@ def test_what_does_not_go_by_channel_is_refused(options, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_asks_for_it(tmp_path, monkeypatch):
-    asked = {}
-
-    def export(module, out, **options):
-        asked.update(options)
-        raise InputError("enough")
-
-    monkeypatch.setattr("tfinfer.export.export_model", export)
-    given = ["export", "tests/zoo/python_writer.py:build", "-o", str(tmp_path / "out"), "--dtype", "int8"]
-    for flags, wanted in (([], False), (["--per-channel"], True)):
-        assert CliRunner().invoke(cli, [*given, *flags]).exit_code == 2
-        assert asked["per_channel"] is wanted
+def test_the_command_asks_for_it(asked_by_command):
+    assert asked_by_command("--dtype", "int8")["per_channel"] is False
+    assert asked_by_command("--dtype", "int8", "--per-channel")["per_channel"] is True

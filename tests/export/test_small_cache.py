@@ -7,14 +7,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from click.testing import CliRunner
 from gqa_graph import KV_HEADS, LONGEST, SIZE, Graph, tables, weights
 from make_tiny_cache import Mixed
 from make_tiny_states import Linear
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tfinfer
-from tfinfer.cli.main import tfinfer as cli
 from tfinfer.errors import InputError, ProofError
 from tfinfer.export import export_model, small_cache
 from tfinfer.export.calibration import cache_ranges, random_ids, watch
@@ -358,15 +356,6 @@ class Only(Linear):
         return self.head(q.exp() * torch.cumsum(k * v, dim=1))
 
 
-def test_the_command_asks_for_it(tmp_path, monkeypatch):
-    asked = {}
-
-    def export(module, out, **options):
-        asked.update(options)
-        raise InputError("enough")
-
-    monkeypatch.setattr("tfinfer.export.export_model", export)
-    given = ["--cache", "int8", "--calibration", "prose.txt"]
-    done = CliRunner().invoke(cli, ["export", "tests/zoo/python_writer.py:build", "-o", str(tmp_path / "out"), *given])
-    assert done.exit_code == 2, done.output
+def test_the_command_asks_for_it(asked_by_command):
+    asked = asked_by_command("--cache", "int8", "--calibration", "prose.txt")
     assert (asked["cache"], asked["calibration"]) == ("int8", Path("prose.txt"))

@@ -258,14 +258,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, dtype, op
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_asks_for_all_of_it(tmp_path, monkeypatch):
-    asked = {}
-
-    def export(module, out, **options):
-        asked.update(options)
-        raise InputError("enough")
-
-    monkeypatch.setattr("tfinfer.export.export_model", export)
+def test_the_command_asks_for_all_of_it(asked_by_command):
     given = [
         "--dtype",
         "int4",
@@ -285,8 +278,7 @@ def test_the_command_asks_for_all_of_it(tmp_path, monkeypatch):
         "--calibration",
         "text.txt",
     ]
-    done = CliRunner().invoke(cli, ["export", "tests/zoo/python_writer.py:build", "-o", str(tmp_path / "out"), *given])
-    assert done.exit_code == 2, done.output
+    asked = asked_by_command(*given)
     names = ("dtype", "block_size", "head_bits", "symmetric", "keep", "keep_agreement", "quantiser", "calibration")
     assert [asked[name] for name in names] == ["int4", 32, 4, False, ("a*", "b"), 0.99, "gptq", Path("text.txt")]
 
