@@ -49,7 +49,7 @@ def compared(folder: Path, reference: Path, pieces: list[Any]) -> dict[str, floa
 
 
 def recipes(calibrations: Sequence[Path], symmetric: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and options of exports: 4 bits in blocks of every size, 8 bits in blocks and by channel."""
+    """Names and options of exports: 4 bits in blocks of every size, with the head by channel, 8 bits both ways."""
     shared = {"symmetric": symmetric, "attention": False}
     gptq: list[dict[str, Any]] = [{"quantiser": "gptq", "calibration": text} for text in (None, *calibrations)]
     for size in (32, 64, 128):
@@ -58,6 +58,7 @@ def recipes(calibrations: Sequence[Path], symmetric: bool) -> Iterator[tuple[str
     yield "int8 in blocks of 128", {"dtype": "int8", **shared}
     if symmetric:
         for way in ({"quantiser": "rtn"}, *gptq):
+            yield "int4, head by channel", {"dtype": "int4", "per_channel": True, **shared, **way}
             yield "int8 by channel", {"dtype": "int8", "per_channel": True, **shared, **way}
 
 

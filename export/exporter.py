@@ -108,7 +108,7 @@ def export_model(
         block_size, symmetric, keep, keep_agreement: of int8 and int4: numbers that share a scale (32, 64 or 128),
             whether to do without zero points, patterns of names of weights that stay float32, and the least share of
             the proof's first choices that must be the module's, for which weights are widened where that helps most.
-        per_channel: of int8: a scale for each channel in place of blocks, for products of whole numbers on a CPU.
+        per_channel: of int8, and of int4's head: a scale for each channel in place of blocks, to be fast on a CPU.
         activations: of int8 and int4: "fp32", or for CUDA "fp16" or "bf16", of cache and scales too.
         quantiser: "rtn" rounds each weight to the nearest number, "gptq", the default of int4, for its inputs on text.
         cache: "float32" or "int8": keys and values of a decoder rounded to 8 bits, with a scale for each feature.

@@ -43,7 +43,8 @@ class Small:
     of the names of weights that stay float32. agreement: the least share of first choices that must be PyTorch's, for
     which matrices are widened where that helps most. quantiser: "rtn" or "gptq"; None: gptq for
     4 bits, rtn for 8, where gptq gains next to nothing. head_bits: of the last product and of the embedding; None: 8.
-    per_channel: a scale for each channel of a matrix in place of blocks, for products of whole numbers; int8 alone.
+    per_channel: products of 8 bits have a scale for each channel in place of blocks, for products of whole numbers:
+    all of them with int8, the head with int4.
     """
 
     block_size: int | None = None
@@ -94,8 +95,11 @@ def check(small: Small, dtype: str) -> None:
             f"expected head_bits to be 8 with the dtype {dtype}, got {small.head_bits}: give the dtype int4 for a head "
             "of 4 bits, or leave head_bits out"
         )
-    if small.per_channel and dtype != "int8":
-        raise InputError(f"a scale for each channel is for weights of 8 bits: give the dtype int8, not {dtype}")
+    if small.per_channel and small.head_bits == 4:
+        raise InputError(
+            "a scale for each channel is for products of 8 bits, and with int4 and head_bits 4 there are none: leave "
+            "out either per_channel or head_bits"
+        )
     if small.per_channel and not small.symmetric:
         raise InputError("a scale for each channel has no zero point: leave out either per_channel or asymmetric")
 

@@ -24,8 +24,8 @@ class RangeSpec:
 class WeightsSpec:
     """How the weights were made small, and what that costs.
 
-    block_size: numbers that share a scale; per_channel: whole columns do, but in the embedding. agreement: share
-    of the proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices have 8 bits by
+    block_size: numbers that share a scale; per_channel: in products of 8 bits whole columns do. agreement: share of the
+    proof's rows whose first choice is still PyTorch's. wider, kept: how many of the matrices have 8 bits by
     blocks in place of what the rest have, and how many are as wide as they were. quantiser: "rtn", each number to its
     nearest, or "gptq", for the inputs that the matrices get on a text: calibration says which, of so many tokens.
     """

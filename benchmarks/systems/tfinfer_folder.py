@@ -2,7 +2,7 @@
 
 setting "tuned": as `tfinfer tune` finds best here. "int8 cache": with --cache int8. "graph": steps recorded as CUDA
 graphs. "bf16": that width for fp16. "4-bit head": with --head-bits 4, in place of 8. "per channel": with --per-channel,
-in 8 bits.
+which in 4 bits is the head's.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def exported(given: dict[str, Any]) -> Path:
             raise ValueError("a 4-bit head goes with 4 bits only")
         name, more = f"{name}-head4", ["--head-bits", "4"]
     if given.get("setting") == "per channel":
-        if given["bits"] != 8:
-            raise ValueError("scales by channel go with 8 bits only")
+        if given["bits"] not in (4, 8):
+            raise ValueError("scales by channel go with 8 bits, of all products or of the head")
         name, more = f"{name}-channel", ["--per-channel"]
     folder = Path(given["cache"]) / f"{name}-{given['longest']}"
     if not (folder / "tfinfer.json").exists():

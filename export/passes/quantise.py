@@ -30,10 +30,10 @@ class Recipe:
     """How weights become small.
 
     bits: of products. head_bits: of the last product and of the embedding. block_size: numbers that share a scale; of
-    the last product and the embedding fewer where that fills their rows, as `filling` has it. per_channel: a scale
-    for each channel in place of blocks, but for the embedding, which is another matrix then; with 8 bits, symmetric.
-    wider: patterns of names of weights that get 8 bits by blocks. keep: of those that stay as they are. The name of a
-    weight is the module's own; one that was joined of several goes by all of theirs.
+    the last product and the embedding fewer where that fills their rows, as `filling` has it. per_channel: products of
+    8 bits have a scale for each channel in place of blocks, but not the embedding, which is another matrix then;
+    symmetric. wider: patterns of names of weights that get 8 bits by blocks. keep: of those that stay as they are. The
+    name of a weight is the module's own; one that was joined of several goes by all of theirs.
     """
 
     bits: int
@@ -47,7 +47,10 @@ class Recipe:
 
     def of_product(self, k: int) -> tuple[int, int]:
         """Of a matrix (k, n) that is not to be wider: its bits, and how many of its numbers share a scale."""
-        return (per_channel.BITS, k) if self.per_channel else (self.bits, self.block_size)
+        return (per_channel.BITS, k) if self.goes_by_channel(self.bits) else (self.bits, self.block_size)
+
+    def goes_by_channel(self, bits: int) -> bool:
+        return self.per_channel and bits == 8
 
 
 Key = tuple[int, bool, int, int, bool]
@@ -174,14 +177,15 @@ class _Quantising:
         return 8 if _is_named(weight, self.recipe.wider) else bits
 
     def _product(self, node: ir.Node, weight: ir.Value, is_head: bool) -> None:
-        if self.recipe.per_channel and not _is_named(weight, self.recipe.wider):
+        bits = self.recipe.head_bits if is_head else self.recipe.bits
+        if self.recipe.goes_by_channel(bits) and not _is_named(weight, self.recipe.wider):
             self._per_channel(node, weight)
         else:
-            self._by_blocks(node, weight, is_head)
+            self._by_blocks(node, weight, self._bits(weight, bits), is_head)
 
     def _per_channel(self, node: ir.Node, weight: ir.Value) -> None:
         transposed = node.op_type == "FusedMatMul"
-        blocks = self._rounded(weight, transposed, *self.recipe.of_product(_k(weight, transposed)))
+        blocks = self._rounded(weight, transposed, per_channel.BITS, _k(weight, transposed))
         data, scales = per_channel.operands(blocks)
         constants: dict[str, np.ndarray] = {
             "step": np.array(1 / per_channel.LEVELS, np.float32), "middle": np.array(128, np.uint8),
@@ -193,8 +197,7 @@ class _Quantising:
             {name: self._initializer(f"channels.{name}", array) for name, array in constants.items()},
         )  # fmt: skip
 
-    def _by_blocks(self, node: ir.Node, weight: ir.Value, is_head: bool) -> None:
-        bits = self._bits(weight, self.recipe.head_bits if is_head else self.recipe.bits)
+    def _by_blocks(self, node: ir.Node, weight: ir.Value, bits: int, is_head: bool) -> None:
         blocks = self._blocks(weight, node.op_type == "FusedMatMul", bits, is_head)
         attributes = {
             "K": blocks.k, "N": len(blocks.data), "bits": bits, "block_size": blocks.block_size,

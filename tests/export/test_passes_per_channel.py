@@ -1,6 +1,7 @@
 """Products of whole numbers: what they compute of each row, which products become some, and whole folders of them."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -111,6 +112,27 @@ def test_wider_ones_get_blocks_and_kept_ones_stay():
     assert types(model) == ROUNDING | PRODUCT | {"MatMulNBits": 1, "MatMul": 1}
 
 
+def test_of_int4_the_head_alone_goes_by_channel():
+    g = Graph()
+    x = g.rows("x", 64)
+    up = g.MatMul(x, g.emit.weight(torch.from_numpy(weights(64, 64)), "up"))
+    logits = g.MatMul(up, g.emit.weight(torch.from_numpy(weights(64, 96, seed=1)), "head"))
+    model = g.model(logits)
+    model.graph.outputs[0].name = "logits"
+    recipe = Recipe(4, 8, 32, per_channel=True)
+    assert [found.k for found in quantise.narrow(model, recipe)] == [64]
+    expected = run(model, g.feeds)
+    widened = model.clone()
+    assert quantise.run(model, recipe) == 2
+    assert types(model) == ROUNDING | PRODUCT | {"MatMulNBits": 1}
+    assert next(node for node in model.graph if node.op_type == "MatMulNBits").attributes["bits"].value == 4
+    (got,) = run(model, g.feeds)
+    np.testing.assert_allclose(got, expected[0], atol=0.15 * np.abs(expected[0]).max())
+    assert quantise.run(widened, replace(recipe, wider=("head",))) == 2
+    assert types(widened) == {"MatMulNBits": 2}
+    assert sorted(node.attributes["bits"].value for node in widened.graph) == [4, 8]
+
+
 # -- folders ----------------------------------------------------------------------------------------------------------
 def decoder(**changes):
     torch.manual_seed(0)
@@ -140,6 +162,26 @@ def test_a_decoder_by_channel_says_what_it_costs_and_verifies(changes, products,
         assert len(model.generate([1, 2, 3], max_tokens=20, stop_ids=[]).token_ids) == 20
     said = " ".join(CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")]).output.split())
     assert "int8 by channel, embedding in blocks of 128; " in said
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}])
+def test_int4_with_its_head_by_channel_verifies_and_reads_prompts_by_its_own_graph(changes, tmp_path):
+    given = {"dtype": "int4", "block_size": 32, "attention": False}
+    export_model(decoder(**changes), tmp_path / "blocks", **given)
+    made = export_model(decoder(**changes), tmp_path / "out", per_channel=True, **given).manifest.weights
+    assert (made.per_channel, made.bits, made.head_bits, made.quantiser) == (True, 4, 8, "gptq")
+    blocks, out = (onnx.load(tmp_path / name / "decoder.onnx").graph for name in ("blocks", "out"))
+    found = Counter(node.op_type for node in out.node)
+    assert (found["MatMulNBits"], found["MatMulIntegerToFloat"], found["MatMul"]) == (8, 1, 0)
+    before, after = ({t.name: t.raw_data for t in graph.initializer if ".int4." in t.name} for graph in (blocks, out))
+    assert len(after) == 16
+    assert before == after  # data and scales, to the byte: the matrices of 4 bits are rounded for their inputs as ever
+    assert (tmp_path / "out" / "prompt.onnx").exists()
+    with tfinfer.load(tmp_path / "out") as model:
+        assert verify_folder(model.decoder, tmp_path / "out").passed
+        assert len(model.generate(list(range(1, 40)), max_tokens=20, stop_ids=[]).token_ids) == 20
+    said = " ".join(CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")]).output.split())
+    assert "int4 in blocks of 32, head int8 by channel, embedding int8, " in said
 
 
 def test_two_texts_at_once_give_what_each_gives_alone(tmp_path):
@@ -178,7 +220,7 @@ def test_an_agreement_is_held_by_blocks_before_float32(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dtype": "int4"}, "is for weights of 8 bits: give the dtype int8, not int4"),
+        ({"dtype": "int4", "head_bits": 4}, "leave out either per_channel or head_bits"),
         ({"dtype": "fp32"}, "give the dtype int8 or int4, not fp32"),
         ({"dtype": "int8", "symmetric": False}, "leave out either per_channel or asymmetric"),
         ({"dtype": "int8", "activations": "fp16"}, "leave out either per_channel or the fp16 activations"),

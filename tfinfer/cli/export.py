@@ -47,7 +47,7 @@ NEEDED = ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors")
     help="Of weights and cache; int8, int4: of weights alone.",
 )
 @click.option("--block-size", type=click.Choice(["32", "64", "128"]), help="int8, int4: numbers that share a scale.")
-@click.option("--per-channel", is_flag=True, help="int8: a scale for each channel, not each block; faster on CPUs.")
+@click.option("--per-channel", is_flag=True, help="8 bits: a scale for each channel, not each block; faster on CPUs.")
 @click.option(
     "--head-bits",
     type=click.Choice(["4", "8"]),

@@ -127,8 +127,10 @@ def _node_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _shape(small: WeightsSpec) -> str:
     """Of which numbers weights of a few bits are made."""
     blocks = f"in blocks of {small.block_size}"
-    if small.per_channel:
-        told = f"int{small.bits} by channel, embedding {blocks}"
+    if small.per_channel and small.bits == 8:
+        told = f"int8 by channel, embedding {blocks}"
+    elif small.per_channel:
+        told = f"int{small.bits} {blocks}, head int8 by channel, embedding int8"
     else:
         told = f"int{small.bits} {blocks}, head and embedding int{small.head_bits}"
     if small.symmetric is False:
