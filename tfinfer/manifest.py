@@ -7,6 +7,7 @@ written last. Knows neither torch nor onnxruntime.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -364,18 +365,24 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     raise ManifestError(f"{where}: expected {expected}, got {type(value).__name__}")
 
 
-def _read_object(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(value) - set(hints))
-    if unknown:
-        raise ManifestError(f"{where}: unknown keys {', '.join(unknown)}")
-    required = {
+@functools.cache  # annotations are compiled to be read: of hundreds of objects, most of a small manifest's time
+def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The types of a dataclass's fields, and the names of those without a default."""
+    required = (
         f.name
         for f in dataclasses.fields(kind)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
+    )
+    return typing.get_type_hints(kind), frozenset(required)
+
+
+def _read_object(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ManifestError(f"{where}: expected an object, got {type(value).__name__}")
+    hints, required = _fields(kind)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise ManifestError(f"{where}: unknown keys {', '.join(unknown)}")
     if missing := sorted(required - set(value)):
         raise ManifestError(f"{where}: missing keys {', '.join(missing)}")
     return kind(**{name: read_as(hints[name], item, f"{where}.{name}") for name, item in value.items()})

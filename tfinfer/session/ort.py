@@ -4,13 +4,18 @@ Knows nothing of graphs, devices or caches. Two wheels or more own the module `o
 files, so what is installed is read from the wheels' metadata, which a broken module cannot hide.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import Distribution, distributions
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from tfinfer.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 INSTALL_CPU = "pip install 'tfinfer[cpu]'"
 INSTALL_GPU = "pip install 'tfinfer[gpu]'"
@@ -52,6 +57,8 @@ def installed_wheels(path: list[str] | None = None) -> dict[str, str]:
     Args:
         path: folders to search instead of `sys.path`.
     """
+    from importlib.metadata import distributions  # as slow to import as a fifth of numpy, for what is asked rarely
+
     found = distributions(path=path) if path is not None else distributions()
     names = ((_name(wheel), wheel) for wheel in found)
     return {name: wheel.version for name, wheel in names if name.startswith(("onnxruntime", "ort-")) and _owns(wheel)}
