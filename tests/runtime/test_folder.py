@@ -33,6 +33,13 @@ def seal(folder, name):
     )
 
 
+def test_the_types_of_a_manifest_are_looked_up_once_and_not_for_each_object(copied, monkeypatch):
+    expected, looked_up = load_manifest(copied), []
+    monkeypatch.setattr("typing.get_type_hints", looked_up.append)
+    assert load_manifest(copied) == expected
+    assert not looked_up
+
+
 def test_a_manifest_survives_the_way_to_json_and_back(copied):
     manifest = load_manifest(copied)
     (copied / "tfinfer.json").write_text(manifest.to_json())
