@@ -14,6 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PAUSE = 0.2  # seconds
+WARM = 128  # tokens of a prompt that only warms a system up
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Worker:
         worker.ready = worker._answer()
         return worker
 
-    def ask(self, ids: list[int], new: int) -> dict[str, Any]:
+    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"ids": ids, "new": new}) + "\n")
+            self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             return {"failed": "its process ended"}
@@ -82,27 +83,57 @@ def open_all(
     return workers, failed
 
 
-def measure(workers: Sequence[Worker], ids: list[int], new: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure(
+    workers: Sequence[Worker], ids: list[int], new: int, rounds: int, turns: int = 1
+) -> dict[str, list[dict[str, Any]]]:
     """Every system once per round, after a round that does not count; one that fails is left out from then on.
 
-    The order changes from round to round, and each waits until the threads of the one before sleep: who follows a
-    system whose threads spin on would be slower for it.
+    The order changes from turn to turn, and each waits until the threads of the one before sleep: who follows a
+    system whose threads spin on would be slower for it. turns: each round's new tokens are taken in so many turns,
+    while the others' requests stand still: for prompts that take minutes. The round that does not count is then one
+    turn behind a short prompt.
     """
     found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    order, shuffled = list(workers), random.Random(0)
-    for number in range(rounds + 1):
+    shuffled = random.Random(0)
+    _round(workers, found, ids[:WARM] if turns > 1 else ids, [new], shuffled)
+    for _ in range(rounds):
+        parts = [new // turns + (i < new % turns) for i in range(turns)]
+        for name, answers in _round(workers, found, ids, parts, shuffled).items():
+            found[name].append(_together(answers))
+    return found
+
+
+def _round(
+    workers: Sequence[Worker], found: dict[str, Any], ids: list[int], parts: Sequence[int], shuffled: random.Random
+) -> dict[str, list[dict[str, Any]]]:
+    """The answers to one prompt, by system, one for each part of the new tokens; who fails is taken out of `found`."""
+    answers: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers if worker.name in found}
+    order = list(workers)
+    for number, take in enumerate(parts):
+        begin = {} if number else {"ids": ids, "new": sum(parts)}
         shuffled.shuffle(order)
         for worker in order:
             if worker.name not in found:
                 continue
             time.sleep(PAUSE)
-            answer = worker.ask(ids, new)
+            answer = worker.ask({**begin, "take": take})
             if "failed" in answer:
                 print(f"{worker.name}: {answer['failed']}")
-                del found[worker.name]
-            elif number:
-                found[worker.name].append(answer)
-    return found
+                del found[worker.name], answers[worker.name]
+            else:
+                answers[worker.name].append(answer)
+    return answers
+
+
+def _together(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One round: the times of all its tokens, and by turn those between tokens alone."""
+    every = [answer["seconds"] for answer in answers]
+    return {
+        "seconds": [second for seconds in every for second in seconds],
+        "turns": [every[0][1:], *every[1:]],
+        "tokens": [token for answer in answers for token in answer["tokens"]],
+        "memory": max(answer["memory"] for answer in answers),
+    }
 
 
 def joined(found: Sequence[dict[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:

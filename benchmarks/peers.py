@@ -7,13 +7,14 @@ Every system runs in a process of its own and is asked for one round after the o
 the rest wait. A round is a prompt and some new tokens, greedy. What does not open is told and left out. All are opened
 anew several times, for where the pages of a process happen to lie makes up to a tenth of its speed. For every system:
 the median over the rounds and, against tfinfer in the same round, the ratio with its lowest and highest value. Decode:
-the median time between tokens of a round. The share of the read limit: what a token must read (every matrix once, keys
-and values of the context) times the tokens per second, against the read bandwidth measured in the same run. The share
-of the GEMM rate: what a prompt must compute (2 x the weights of the layers' matrices x tokens, 4 x heads x head_dim x
-tokens^2 / 2 for causal attention in each layer, and 2 x the head's weights, for one row) in the time to the first
-token, against the rate of a matrix product measured in the same run. That one is of float32 on the CPU and of float16
-on CUDA: weights of a few bits, whose products are of whole numbers, may go beyond it. Both are empty for shapes whose
-sizes are not known. In 4 bits all have a head of 8; systems with "4-bit head" in their names have one of 4.
+the median time between tokens of a round, or of each of its `--turns`, which read the prompt once. The share of the
+read limit: what a token must read (every matrix once, keys and values of the context) times the tokens per second,
+against the read bandwidth measured in the same run. The share of the GEMM rate: what a prompt must compute (2 x the
+weights of the layers' matrices x tokens, 4 x heads x head_dim x tokens^2 / 2 for causal attention in each layer, and 2
+x the head's weights, for one row) in the time to the first token, against the rate of a matrix product measured in the
+same run. That one is of float32 on the CPU and of float16 on CUDA: weights of a few bits, whose products are of whole
+numbers, may go beyond it. Both are empty for shapes whose sizes are not known. In 4 bits all have a head of 8; systems
+with "4-bit head" in their names have one of 4.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, nargs="+", default=[128])
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=1, help="take a round's new tokens in so many turns")
     parser.add_argument("--openings", type=int, default=2, help="how often every system is opened anew")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", help="names of systems, separated by commas")
@@ -148,7 +150,7 @@ def _run_bits(
         limit = {"bytes_per_token": needed, "tokens_per_s": limits["read_gb_per_s"] * 1e9 / needed if needed else 0}
         print(
             f"\n{a.shape}, {bits} bits on {a.device}, prompt {prompt}, {a.new} new tokens, {threads} threads, "
-            f"opened {a.openings} times for {a.rounds} rounds"
+            f"opened {a.openings} times for {a.rounds} rounds{f' of {a.turns} turns' if a.turns > 1 else ''}"
         )
         print("\n".join(lines(result, a.ours)), flush=True)
         asked = {"shape": a.shape, "device": a.device, "bits": bits, "prompt": prompt, "new": a.new}
@@ -167,7 +169,7 @@ def _open_and_measure(
     try:
         for prompt, every in found.items():
             ids = np.random.default_rng(0).integers(3, SHAPES[a.shape][1].get("vocab_size", 50257), prompt).tolist()
-            every.append(measure(workers, ids, a.new, a.rounds))
+            every.append(measure(workers, ids, a.new, a.rounds, a.turns))
     finally:
         for worker in workers:
             worker.close()

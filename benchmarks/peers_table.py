@@ -19,7 +19,7 @@ def summary(found: dict[str, list[dict[str, Any]]], prompt: int, ours: str = OUR
     result = {}
     for name, rounds in found.items():
         first = [r["seconds"][0] for r in rounds]
-        between = [statistics.median(r["seconds"][1:]) for r in rounds]
+        between = turns_of(rounds)
         every = sorted(s for r in rounds for s in r["seconds"][1:])
         row = {
             "prefill_tokens_per_s": round(prompt / statistics.median(first), 1),
@@ -33,9 +33,14 @@ def summary(found: dict[str, list[dict[str, Any]]], prompt: int, ours: str = OUR
         if ours in found:
             own = found[ours]
             row["prefill_ratio"] = spread([a / b["seconds"][0] for a, b in zip(first, own)])
-            row["decode_ratio"] = spread([a / statistics.median(b["seconds"][1:]) for a, b in zip(between, own)])
+            row["decode_ratio"] = spread([a / b for a, b in zip(between, turns_of(own))])
         result[name] = row
     return result
+
+
+def turns_of(rounds: list[dict[str, Any]]) -> list[float]:
+    """The median time between tokens of each turn."""
+    return [statistics.median(turn) for r in rounds for turn in r["turns"]]
 
 
 def agreeing(rounds: list[dict[str, Any]], own: list[dict[str, Any]]) -> int:

@@ -3,19 +3,21 @@
     python benchmarks/systems/worker.py NAME '{"checkpoint": ..., "cache": ..., "bits": 32, "threads": 2, ...}'
 
 A system's module has `load(given) -> generate`, and `generate(ids, new)` yields after each new token. Commands are
-lines of JSON, `{"ids": [...], "new": 64}`; the answer is `{"seconds": [...], "tokens": [...]}`: the time from the call
-to the first token, then that between tokens.
+lines of JSON: `{"ids": [...], "new": 64, "take": 16}` begins and takes so many of the new tokens, `{"take": 16}` goes
+on. The answer is `{"seconds": [...], "tokens": [...]}`: the time from the command to its first token, then that between
+tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +41,26 @@ def main() -> None:
     except Exception as error:  # of any kind: a peer that does not open is a row of the table
         answer({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
         return
+    stream: Any = (token for token in ())
     for line in sys.stdin:
         command = json.loads(line)
         try:
-            answer(_timed(generate, command["ids"], command["new"]))
+            if "ids" in command:
+                stream.close()
+                stream = generate(command["ids"], command["new"])
+            answer(_timed(stream, command["take"]))
         except Exception as error:
             answer({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
 
-def _timed(generate: Any, ids: list[int], new: int) -> dict[str, Any]:
+def _timed(stream: Iterator[int], take: int) -> dict[str, Any]:
     gc.collect()
     tokens, seconds, last = [], [], time.perf_counter()
-    with contextlib.closing(generate(ids, new)) as stream:
-        for token in stream:
-            now = time.perf_counter()
-            seconds.append(now - last)
-            tokens.append(int(token))
-            last = now
+    for token in itertools.islice(stream, take):
+        now = time.perf_counter()
+        seconds.append(now - last)
+        tokens.append(int(token))
+        last = now
     return {"seconds": seconds, "tokens": tokens, "memory": _resident()}
 
 
