@@ -95,9 +95,9 @@ def measure(
     """
     found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     shuffled = random.Random(0)
+    parts = [new // turns + (i < new % turns) for i in range(turns)]
     _round(workers, found, ids[:WARM] if turns > 1 else ids, [new], shuffled)
     for _ in range(rounds):
-        parts = [new // turns + (i < new % turns) for i in range(turns)]
         for name, answers in _round(workers, found, ids, parts, shuffled).items():
             found[name].append(_together(answers))
     return found

@@ -109,6 +109,8 @@ def main() -> None:
     names = [name.strip() for name in a.only.split(",")] if a.only else fitting
     if unknown := sorted(set(names) - set(SYSTEMS)):
         parser.error(f"unknown system {', '.join(unknown)}: there are {', '.join(SYSTEMS)}")
+    if not 1 <= a.turns <= a.new // 2:
+        parser.error(f"--turns takes 1 to {a.new // 2}: two of the {a.new} new tokens at least for each")
     threads = thread_count(a.threads).count
     folder = checkpoint(a.shape, a.cache).resolve()
     records: list[dict[str, Any]] = []
