@@ -13,6 +13,7 @@ from tfinfer.errors import ClosedError, InputError, LengthError
 from tfinfer.manifest import load_manifest
 from tfinfer.precision import WeightsSpec
 from tfinfer.proof.prove import verify_folder
+from tfinfer.session.bound_step import AHEAD
 from tfinfer.session.decoder import without_cuda
 
 PROMPTS = ["a", "the cat sat on the mat and", "def main():"]
@@ -84,6 +85,26 @@ def test_the_graph_writes_into_the_bound_buffers_and_nowhere_else(model):
         written = np.abs(buffer.owner[cache.row(slot)]).sum((0, 2)) > 0
         assert written.tolist() == [True] * 3 + [False] * (cache.capacity - 3)
         assert not buffer.owner[cache.row(other)].any()
+
+
+def test_a_step_takes_one_id_for_each_slot(model):
+    cache = model.decoder.open_cache(2, 64)
+    slots = [cache.acquire(), cache.acquire()]
+    for slot in slots:
+        model.decoder.prefill(cache, slot, [3, 4])
+    for ids in ([5], [5, 6, 7]):
+        with pytest.raises(InputError, match="an id for each of 2 slots"):
+            model.decoder.step(cache, slots, ids)
+    assert [cache.length(slot) for slot in slots] == [2, 2]
+    assert model.decoder.step(cache, slots, [5, 6]).shape == (2, model.manifest.num_logits)
+
+
+def test_rows_of_different_lengths_step_past_the_masks_that_were_made_at_once(model):
+    """A mask is shaped for its length ahead of time, and says of each row how much it holds when it is used."""
+    prompts = [[3, 4, 5, 6, 7], [8, 9]]
+    together = model.generate(prompts, max_tokens=AHEAD + 4, stop_ids=[])
+    alone = [model.generate(prompt, max_tokens=AHEAD + 4, stop_ids=[]) for prompt in prompts]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
 
 
 def test_a_prompt_may_come_in_any_pieces(model):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError, ProviderError
 from tfinfer.manifest import PROMPT, Manifest
+from tfinfer.session.bound_step import BoundStep
 from tfinfer.session.cache import Cache
 from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.failures import run_bound
@@ -226,7 +227,7 @@ class Decoder:
         """
         bound = self._bound(cache, slots)
         logits = bound.run(ids)
-        _note(cache, slots, bound.ids)
+        _note(cache, slots, ids)
         return logits
 
     def step_best(
@@ -238,7 +239,7 @@ class Decoder:
         """
         bound = self._bound(cache, slots)
         found = bound.run_best(ids, count) if isinstance(bound, DeviceStep) else (bound.run(ids), None)
-        _note(cache, slots, bound.ids)
+        _note(cache, slots, ids)
         return found
 
     def _bound(self, cache: Cache, slots: Sequence[int]) -> BoundStep | DeviceStep:
@@ -280,50 +281,10 @@ class Decoder:
             run_bound(session, binding, "the tokens given", self.device, how)
 
 
-class BoundStep:
-    """The inputs and outputs of a step on the CPU over `rows` neighbouring rows, bound once and changed in place."""
-
-    def __init__(self, decoder: Decoder, cache: Cache, first: int, rows: int) -> None:
-        self.key = (id(decoder), cache.generation, first, rows)
-        self.decoder, self.roles = decoder, decoder.roles
-        self.lengths = cache.lengths[first : first + rows]  # views: the cache's own
-        self.dropped = cache.dropped[first : first + rows] if cache.window is not None else None
-        self.ids = np.zeros((rows, 1), np.int64)
-        self.positions = np.zeros((rows, 1), np.int64)
-        self.mask = np.ones(rows * cache.capacity, np.int64)
-        self.columns = np.arange(cache.capacity)
-        self.logits = np.empty((rows, 1, decoder.manifest.num_logits), decoder.logits_dtype)
-        self.binding = decoder._binding()
-        self._bind_small()
-        if decoder.keep_required:
-            decoder._bind_keep(self.binding, 1)
-        kind, shape = decoder.logits_dtype, self.logits.shape
-        self.binding.bind_output(self.roles.logits, "cpu", 0, kind, shape, self.logits.ctypes.data)
-        decoder._bind_cache(self.binding, cache, first, rows)
-
-    def _bind_small(self) -> None:
-        for name, array in ((self.roles.input_ids, self.ids), (self.roles.position_ids, self.positions)):
-            if name is not None:
-                self.binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
-
-    def run(self, ids: Sequence[int] | Ids) -> Logits:
-        self.ids[:, 0] = ids
-        self.positions[:, 0] = self.lengths
-        held = self.lengths if self.dropped is None else self.lengths - self.dropped  # positions in the buffers
-        rows, total = len(self.ids), int(held.max()) + 1
-        if rows > 1:
-            mask = self.mask[: rows * total].reshape(rows, total)
-            np.less_equal(self.columns[:total], held[:, None], out=mask)
-        self.binding.bind_input(self.roles.attention_mask, "cpu", 0, np.int64, (rows, total), self.mask.ctypes.data)
-        self.decoder._run(self.binding)
-        self.lengths += 1
-        return self.logits[:, 0].astype(np.float32, copy=False)
-
-
-def _note(cache: Cache, slots: Sequence[int], ids: Ids) -> None:
-    """The ids (slots, 1) of a step that was made belong to what the slots hold."""
-    for slot, token in zip(slots, ids[:, 0].tolist()):
-        cache.ids[slot].append(token)
+def _note(cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids) -> None:
+    """The ids (slots,) of a step that was made belong to what the slots hold."""
+    for slot, token in zip(slots, ids):
+        cache.ids[slot].append(int(token))
 
 
 def checked_ids(ids: Sequence[int] | Ids, vocab_size: int) -> Ids:

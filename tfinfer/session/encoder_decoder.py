@@ -13,9 +13,10 @@ import numpy as np
 
 from tfinfer.errors import ClosedError, IncompatibleModelError, InputError, LengthError
 from tfinfer.manifest import Manifest
+from tfinfer.session.bound_step import BoundStep
 from tfinfer.session.cache import Cache
 from tfinfer.session.cross import Sources, sized
-from tfinfer.session.decoder import BoundStep, Decoder, Ids, Logits, checked_ids
+from tfinfer.session.decoder import Decoder, Ids, Logits, checked_ids
 from tfinfer.session.device_step import DeviceStep
 from tfinfer.session.encoder import Encoder
 from tfinfer.session.failures import run_bound

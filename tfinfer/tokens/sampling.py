@@ -191,6 +191,11 @@ def distribution(logits: npt.NDArray[np.float32], history: History, params: Samp
 
 def _best(logits: FloatArray) -> Ids:
     """Return the first largest id per row; argmax stops at a NaN, so one look at its value checks the whole row."""
+    if len(logits) == 1:  # behind a step each operation of numpy comes from memory: as few as can be
+        row = logits[0]
+        best = row.argmax()
+        if math.isfinite(row[best]):
+            return np.array([best], np.int64)
     ids = logits.argmax(axis=1)
     finite = np.isfinite(logits[np.arange(len(logits)), ids])
     if not finite.all():

@@ -26,12 +26,17 @@ def _translate(error: type[TfinferError], message: str) -> Iterator[None]:
     """Turn what the Rust side raises into `error`, its panics too, which are no `Exception`."""
     try:
         yield
-    except Exception as cause:
-        raise error(f"{message}: {_brief(cause)}") from cause
     except BaseException as cause:
-        if type(cause).__name__ != "PanicException":  # pyo3's class cannot be imported; KeyboardInterrupt must pass
-            raise
-        raise error(f"{message}: it panicked: {_brief(cause)}") from cause
+        raise _translated(cause, error, message) from cause
+
+
+def _translated(cause: BaseException, error: type[TfinferError], message: str) -> TfinferError:
+    """What the Rust side raised as an `error`; raises what is none of its business again."""
+    if isinstance(cause, Exception):
+        return error(f"{message}: {_brief(cause)}")
+    if type(cause).__name__ != "PanicException":  # pyo3's class cannot be imported; KeyboardInterrupt must pass
+        raise cause
+    return error(f"{message}: it panicked: {_brief(cause)}")
 
 
 def _brief(cause: BaseException) -> str:
@@ -72,8 +77,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ids; ids that the file does not know have none."""
-        with _translate(InputError, f"ids: {self._name} cannot decode them"):
+        try:
             return str(self._inner.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
+        except BaseException as cause:
+            raise _translated(cause, InputError, f"ids: {self._name} cannot decode them") from cause
 
     def label(self, token: int) -> str:
         """One token as people would call it: its text, or its name where it is no text of its own."""
@@ -82,8 +89,10 @@ class Tokenizer:
 
     def is_silent(self, token: int, skip_special_tokens: bool = True) -> bool:
         """Whether decoding leaves this id out: a special token that is skipped, or one the file does not know."""
-        with _translate(InputError, f"ids: {self._name} cannot decode {token}"):
+        try:
             return (skip_special_tokens and token in self._special) or self._inner.id_to_token(token) is None
+        except BaseException as cause:
+            raise _translated(cause, InputError, f"ids: {self._name} cannot decode {token}") from cause
 
     def byte_of(self, token: int) -> int | None:
         """Return the byte that a byte-fallback token stands for, None for all other tokens."""
@@ -141,6 +150,8 @@ class StreamDecoder:
 
     def _incomplete_bytes(self) -> int:
         """Return how many byte tokens at the window's end are a beginning of a character."""
+        if not self._window or self._tokenizer.byte_of(self._window[-1]) is None:
+            return 0
         values = map(self._tokenizer.byte_of, reversed(self._window))
         run = bytes(takewhile(lambda byte: byte is not None, values))[::-1]  # type: ignore[arg-type]
         try:
