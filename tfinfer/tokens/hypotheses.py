@@ -21,7 +21,7 @@ Scores = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 _STEEPEST = 5.0  # of the length penalty: even a million tokens to this power are far inside float32
-_BLOCK = 64  # scores that share one maximum in the search for the largest
+_BLOCK = 64  # scores that share one maximum in the search for the largest, or a few more
 _LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -187,13 +187,21 @@ def largest(scores: Scores, most: int) -> Ids:
 
     As torch.topk, which leaves the order of equals open. Raises NonFiniteLogitsError for NaN and +inf.
     """
-    # The maximum of every block is read once; whatever is below the `most`-th of them is not looked at again. That
-    # takes a tenth of the time of argpartition, and no equal is lost at the edge.
-    tops = np.maximum.reduceat(scores, np.arange(0, len(scores), _BLOCK))
+    # Every `width`-th score is of one block. The maximum of each, taken of whole rows at once, is read first; a block
+    # whose maximum is below the `most`-th of them is not looked at again, and no equal is lost at the edge.
+    width = max(1, len(scores) // _BLOCK)
+    whole = len(scores) // width * width
+    tops = scores[:whole].reshape(-1, width).max(axis=0)  # (width,)
+    if whole < len(scores):
+        rest = scores[whole:]
+        np.maximum(tops[: len(rest)], rest, out=tops[: len(rest)])
     if not tops.max() < math.inf:
         raise NonFiniteLogitsError(
             "expected scores that are numbers or -inf; got NaN or +inf: look at what adjusts the scores"
         )
-    bound = np.partition(tops, len(tops) - most)[len(tops) - most] if len(tops) > most else _LOWEST
-    found = np.flatnonzero(scores >= max(bound, _LOWEST))
+    bound = np.partition(tops, width - most)[width - most] if width > most else _LOWEST
+    blocks = np.flatnonzero(tops >= max(bound, _LOWEST))
+    places = (blocks + np.arange(0, len(scores), width)[:, None]).ravel()  # rising
+    places = places[places < len(scores)]
+    found = places[scores[places] >= max(bound, _LOWEST)]
     return found[np.argsort(-scores[found], kind="stable")[:most]]
