@@ -90,11 +90,20 @@ bench: setup
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benchmarks/decode.py
 
-# Every peer that the extra `peers` installs, in turns. Installing compiles llama.cpp: a quarter of an hour.
+# Every peer that the extra `peers` installs, in turns. Installing compiles llama.cpp: a quarter of an hour. What makes
+# OpenVINO's files wants an older transformers, so it has an environment of its own; torchvision comes with it, is not
+# needed, and one that does not fit torch keeps transformers from being imported.
 peers: setup
 	$(INSTALL) --editable '.[peers]'
+	test -x .venv-openvino/bin/optimum-cli || $(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-openvino/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 optimum-intel==2.2.0 \
+		nncf==3.4.0 openvino==2026.4.1 openvino-genai==2026.4.1.0
+	.venv-openvino/bin/python -m pip uninstall --quiet --yes torchvision
 	mkdir -p out
-	$(BIN)/python benchmarks/peers.py --bits 32 8 4 --prompt 128 1024 --json out/peers.json --csv out/peers.csv --picture out/peers.png
+	$(BIN)/python benchmarks/peers.py --bits 32 8 4 --prompt 128 1024 --json out/peers.json --csv out/peers.csv \
+		--picture out/peers.png $(foreach name,OpenVINO_GenAI OpenVINO_GenAI_default,\
+		--python "$(subst _, ,$(name))=.venv-openvino/bin/python")
 
 clean:
-	rm -rf $(VENV) .venv-runtime .venv-optimum build dist out *.egg-info
+	rm -rf $(VENV) .venv-runtime .venv-optimum .venv-openvino build dist out *.egg-info

@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face's layout as a GGUF file, for llama.cpp and OpenVINO GenAI: F32, Q8_0 or Q4_0.
+"""A checkpoint in Hugging Face's layout as a GGUF file, for llama.cpp: F32, Q8_0 or Q4_0.
 
     python benchmarks/gguf_file.py CHECKPOINT FILE --bits 4
 

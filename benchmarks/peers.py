@@ -57,7 +57,8 @@ SYSTEMS = {
     "llama.cpp flash": System("llama_cpp_gguf", "llama-cpp-python", "flash"),
     "llama.cpp flash f16 cache": System("llama_cpp_gguf", "llama-cpp-python", "flash f16"),
     "llama.cpp flash q8 cache": System("llama_cpp_gguf", "llama-cpp-python", "flash q8"),
-    "OpenVINO GenAI": System("openvino_gguf", "openvino-genai"),
+    "OpenVINO GenAI": System("openvino_ir", "openvino-genai"),
+    "OpenVINO GenAI default": System("openvino_ir", "openvino-genai", "default"),
     "CTranslate2": System("ctranslate2_model", "ctranslate2"),
     "optimum-onnx": System("optimum_onnx", "optimum-onnx"),
 }
