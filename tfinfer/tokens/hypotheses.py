@@ -201,7 +201,7 @@ def largest(scores: Scores, most: int) -> Ids:
         )
     bound = np.partition(tops, width - most)[width - most] if width > most else _LOWEST
     blocks = np.flatnonzero(tops >= max(bound, _LOWEST))
-    places = (blocks + np.arange(0, len(scores), width)[:, None]).ravel()  # rising
+    places: Ids = (blocks + np.arange(0, len(scores), width)[:, None]).ravel()  # rising
     places = places[places < len(scores)]
-    found = places[scores[places] >= max(bound, _LOWEST)]
+    found: Ids = places[scores[places] >= max(bound, _LOWEST)]
     return found[np.argsort(-scores[found], kind="stable")[:most]]
