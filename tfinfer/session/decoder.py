@@ -33,8 +33,11 @@ from tfinfer.session.tuned import open_graph
 Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
-# A long prompt goes through in pieces of this many tokens, which bounds the memory of its activations.
-PREFILL_CHUNK = 512
+# A long prompt goes through in pieces of this many tokens, which bounds the memory of its activations. Attention is
+# computed for a whole piece and masked, so small pieces waste less of it: behind 1,024 tokens of SmolLM2-135M's shape
+# 256 are 1.02 (float32) to 1.11 (int8 by channel) times as fast as 512, in Qwen3-0.6B's as fast.
+PREFILL_CHUNK = 256
+READ_CHUNK = 512  # by the graph that reads prompts, which widens its weights once for each
 
 
 class Decoder:
@@ -184,9 +187,9 @@ class Decoder:
 
     def _pieces(self, ids: Ids, past: int, cache: Cache, keep: int) -> list[tuple[Ids, bool]]:
         """What of a prompt goes through at once, behind `past` positions, and whether by the graph that only reads."""
-        size = min(PREFILL_CHUNK, cache.most_at_once)
-        read = 0 if self.prompts is None else self.prompts.share(len(ids) - keep, size)
-        pieces = [(ids[at : min(at + size, read)], True) for at in range(0, read, size)]
+        size, wide = min(PREFILL_CHUNK, cache.most_at_once), min(READ_CHUNK, cache.most_at_once)
+        read = 0 if self.prompts is None else self.prompts.share(len(ids) - keep, wide)
+        pieces = [(ids[at : min(at + wide, read)], True) for at in range(0, read, wide)]
         ids, past = ids[read:], past + read
         first = min(size, len(ids)) if past == 0 or not self.manifest.appends_one else 0
         step = 1 if self.manifest.appends_one else size
