@@ -26,7 +26,7 @@ def measure(threads: int, rounds: int = 5) -> dict[str, float]:
     """Return the best of some rounds: GB/s of a reduction, GFLOP/s of a matrix times a matrix, both float32.
 
     A reduction: the products with vectors of PyTorch's library reach two thirds of it. The product by PyTorch or by
-    onnxruntime, whichever is faster: on an EPYC with AVX-512 PyTorch's library makes two thirds of the other.
+    onnxruntime, whichever is faster: on an EPYC with AVX-512 PyTorch's library makes less than half of the other.
     """
     torch.set_num_threads(threads)
     row, square = torch.ones(READ // 4), torch.ones(SIDE, SIDE)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tfinfer.errors import InputError
 from tfinfer.session.failures import run_bound
 from tfinfer.session.ort import onnxruntime
 
@@ -60,8 +59,6 @@ class BoundStep:
     def run(self, ids: Sequence[int] | Ids) -> Logits:
         """(rows, num_logits), valid until the next run. ids: (rows,)."""
         lengths, rows, total = self.lengths, self.rows, 0
-        if len(ids) != rows:
-            raise InputError(f"expected an id for each of {rows} slots, got {len(ids)}")
         for row, token in enumerate(ids):
             self.ids[row] = token
             self.positions[row] = length = lengths[row]

@@ -53,8 +53,7 @@ class Cache:
             raise InputError(f"expected at least one slot and one position, got {slots} and {capacity}")
         if capacity > longest:
             raise LengthError(f"a cache of {capacity} positions is longer than the model's longest length, {longest}")
-        self.specs, self.memory, self.longest = specs, memory, longest
-        self.window = window
+        self.specs, self.memory, self.longest, self.window = specs, memory, longest, window
         self.most = longest if window is None else min(longest, _rounded(window + slack(window)))  # the widest buffers
         self.slots = slots
         self.positions = PositionRows(specs, memory, slots, min(_rounded(capacity), self.most))

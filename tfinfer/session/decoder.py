@@ -228,6 +228,7 @@ class Decoder:
         ids: (slots,), taken as they are: they come from this model's logits or were checked by the caller. A step that
         fails keeps the lengths; states may be half changed then, so release the slots of a model that has some.
         """
+        _check_each_has_one(slots, ids)
         bound = self._bound(cache, slots)
         logits = bound.run(ids)
         _note(cache, slots, ids)
@@ -240,6 +241,7 @@ class Decoder:
 
         All logits and None where a device has no better way, or equal ones may go on behind the last.
         """
+        _check_each_has_one(slots, ids)
         bound = self._bound(cache, slots)
         found = bound.run_best(ids, count) if isinstance(bound, DeviceStep) else (bound.run(ids), None)
         _note(cache, slots, ids)
@@ -282,6 +284,11 @@ class Decoder:
         with self.turn:
             how = options or (recording.plain if recording else None)
             run_bound(session, binding, "the tokens given", self.device, how)
+
+
+def _check_each_has_one(slots: Sequence[int], ids: Sequence[int] | Ids) -> None:
+    if len(ids) != len(slots):
+        raise InputError(f"expected an id for each of {len(slots)} slots, got {len(ids)}")
 
 
 def _note(cache: Cache, slots: Sequence[int], ids: Sequence[int] | Ids) -> None:
